@@ -1,0 +1,406 @@
+"""Two-speaker mixtures: drawn on the fly from folders of speech, or read from a fixed set on disk.
+
+- `SpeakerMixtures` mixes the speakers of any folder laid out as <root>/<speaker>/**/*.{wav,flac,ogg,opus}
+  (LibriSpeech, VCTK, WSJ0 and ours all fit). Every mixture is a pure function of (seed, epoch, index): a run
+  repeats exactly, needs no shared state between workers, and ranks that take different indices never share one.
+- `FixedMixtures` reads a folder with `mix` or `mix_clean`, `s1`, `s2` (and `s3` ...), the layout of WSJ0-2mix
+  and LibriMix.
+- Both give dictionaries: `mixture` [T], `sources` [S, T] (float32, within -1..1) and `name`.
+
+Relative levels and the peak follow the WSJ0-2mix recipe, speed perturbation the Codecformer paper's.
+
+    python data.py mix --speech DIR --out DIR      writes a fixed set
+    python data.py debian --out speech             builds 8 hours of real speech from Debian's packages
+    python data.py bundle --speech speech --out D  packs the small folder that comes with this repository
+"""
+
+import argparse
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+from scipy.signal import resample_poly
+from tqdm import tqdm
+
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus"}
+
+
+class DataError(ValueError):
+    """Something about the user's files or settings is wrong; the message is one line that says what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a mistake with one line, not with the usage of every flag."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def read_audio(path, start: int = 0, frames: int = -1) -> tuple[np.ndarray, int]:
+    """Reads a file, or `frames` of it from `start`, mixed down to one channel: ([T] float32, its sample rate).
+
+    Raises DataError for anything that is not a whole, finite recording.
+    """
+    try:
+        with sf.SoundFile(path) as file:
+            rate, expected = file.samplerate, file.frames - start if frames < 0 else frames
+            file.seek(start)
+            audio = file.read(frames, dtype="float32", always_2d=True)
+    except (sf.LibsndfileError, OSError, RuntimeError) as error:
+        reason = "no such file" if not Path(path).exists() else str(error).splitlines()[0]
+        raise DataError(f"can't read {path} as audio ({reason}): check or remove it") from None
+    if len(audio) == 0 or len(audio) < expected:
+        raise DataError(f"{path} is empty or truncated ({len(audio)} of {expected} samples): replace or remove it")
+    if not np.isfinite(audio).all():
+        raise DataError(f"{path} holds NaN or infinite samples: replace or remove it")
+    return audio.mean(1), rate
+
+
+def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+    """Band-limited rational resampling of [T] by SciPy's polyphase filter, ceil(T * to / from) samples."""
+    divisor = math.gcd(from_rate, to_rate)
+    if from_rate == to_rate:
+        return audio
+    return resample_poly(audio, to_rate // divisor, from_rate // divisor).astype(np.float32)
+
+
+def list_speakers(root) -> dict[str, list[Path]]:
+    """The recordings of each speaker folder below `root`. Raises DataError for fewer than two speakers."""
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"no folder {root}: give a folder that holds one folder per speaker")
+    speakers = {}
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+        if files:
+            speakers[folder.name] = files
+    if len(speakers) < 2:
+        raise DataError(
+            f"{root} holds {len(speakers)} speaker folder(s) with wav, flac, ogg or opus files, at least 2 are needed"
+        )
+    return speakers
+
+
+class SpeakerMixtures:
+    """`size` mixtures an epoch of random segments of different speakers.
+
+    speeds: percentages; each source is played at one of them (resampled, so the pitch moves too).
+    level_range: dB; the first two sources differ by a uniform draw from 0 to this, others lie between them.
+    Raises DataError for settings out of range and for folders that can't be mixed.
+    """
+
+    def __init__(self, root, sample_rate, seconds, size, seed=0, n_speakers=2, speeds=(100,), level_range=5.0):
+        self.speakers = list_speakers(root)
+        if n_speakers > len(self.speakers):
+            raise DataError(f"{root} holds {len(self.speakers)} speakers, mixtures of {n_speakers} need as many")
+        if not all(25 <= s <= 400 for s in speeds):
+            raise DataError(f"speeds are percentages from 25 to 400, not {list(speeds)}")
+        self.sample_rate, self.length = sample_rate, round(seconds * sample_rate)
+        self.size, self.seed, self.n_speakers = size, seed, n_speakers
+        self.speeds, self.level_range = list(speeds), level_range
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def _segment(self, rng, speaker: str) -> np.ndarray:
+        """[length] of one speaker at one speed: part of a long recording, or short ones joined with gaps."""
+        speed = self.speeds[rng.integers(len(self.speeds))]
+        pieces, missing = [], self.length
+        while missing > 0:
+            path = self.speakers[speaker][rng.integers(len(self.speakers[speaker]))]
+            try:
+                info = sf.info(path)
+            except (sf.LibsndfileError, RuntimeError) as error:
+                raise DataError(f"can't read {path} as audio ({error}): check or remove it") from None
+            # Playing at `speed` percent makes a recording of this rate look like one of a higher or lower rate.
+            rate = info.samplerate * speed
+            wanted = math.ceil(missing * rate / (self.sample_rate * 100))
+            start = int(rng.integers(max(info.frames - wanted, 0) + 1))
+            piece, _ = read_audio(path, start, min(wanted, info.frames))
+            pieces.append(resample(piece, rate, self.sample_rate * 100)[:missing])
+            gap = np.zeros(int(rng.integers(0.05 * self.sample_rate, 0.3 * self.sample_rate)), np.float32)
+            pieces.append(gap)
+            missing -= len(pieces[-2]) + len(gap)
+        return np.concatenate(pieces)[: self.length]
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        names = list(self.speakers)
+        chosen = [names[i] for i in rng.choice(len(names), self.n_speakers, replace=False)]
+        sources = []
+        for name in chosen:
+            for _ in range(20):  # a long recording may pause for a whole segment
+                segment = self._segment(rng, name)
+                if segment.std() > 1e-4:
+                    break
+            else:
+                raise DataError(f"20 segments of speaker {name} in a row were silent: check the recordings")
+            sources.append(segment / segment.std())
+        spread = rng.uniform(0, self.level_range) / 2
+        levels = [spread, -spread, *rng.uniform(-spread, spread, self.n_speakers - 2)]
+        sources = np.stack([s * 10 ** (db / 20) for s, db in zip(sources, levels)]).astype(np.float32)
+        mixture = sources.sum(0)
+        # As in WSJ0-2mix, the loudest of mixture and sources peaks at 0.9.
+        gain = np.float32(0.9 / max(np.abs(mixture).max(), np.abs(sources).max()))
+        return {"mixture": mixture * gain, "sources": sources * gain, "name": "_".join(chosen)}
+
+
+MIX_FOLDERS = ("mix", "mix_clean", "mix_both")
+
+
+def is_fixed_set(root) -> bool:
+    return any((Path(root) / name).is_dir() for name in MIX_FOLDERS)
+
+
+class FixedMixtures:
+    """A folder with `mix` (or `mix_clean`, `mix_both`), `s1`, `s2` ... holding files of the same names.
+
+    Whole and as it is for scoring. For training, with `seconds`: a random cut, every source at one of the `speeds`
+    (percent), mixed anew where that changes anything.
+    Raises DataError where the layout, a file, a rate or a length doesn't fit.
+    """
+
+    def __init__(self, root, sample_rate, seconds=None, seed=0, speeds=(100,)):
+        self.root, self.sample_rate, self.seed, self.speeds = Path(root), sample_rate, seed, list(speeds)
+        self.length = round(seconds * sample_rate) if seconds else None
+        self.epoch = 0
+        mixes = [self.root / name for name in MIX_FOLDERS if (self.root / name).is_dir()]
+        self.source_dirs = sorted(p for p in self.root.glob("s[1-9]") if p.is_dir())
+        if not mixes or len(self.source_dirs) < 2:
+            raise DataError(f"{root} is no set of mixtures: it needs the folders mix (or mix_clean), s1 and s2")
+        self.files = sorted(p for p in mixes[0].iterdir() if p.suffix.lower() in AUDIO_SUFFIXES)
+        if not self.files:
+            raise DataError(f"{mixes[0]} holds no wav, flac, ogg or opus files")
+        for path in self.files:
+            for folder in self.source_dirs:
+                if not (folder / path.name).is_file():
+                    raise DataError(f"{folder / path.name} is missing, which {path} needs as a reference")
+        self.n_speakers = len(self.source_dirs)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _read(self, path) -> np.ndarray:
+        audio, rate = read_audio(path)
+        if rate != self.sample_rate:
+            raise DataError(f"{path} is at {rate} Hz, the model works at {self.sample_rate} Hz: resample the set")
+        return audio
+
+    def _cut(self, rng, mixture, sources) -> tuple[np.ndarray, np.ndarray]:
+        speeds = [self.speeds[rng.integers(len(self.speeds))] for _ in sources]
+        start = int(rng.integers(max(len(mixture) - self.length, 0) + 1))
+        remix = any(speed != 100 for speed in speeds)
+        signals = list(sources) if remix else [mixture, *sources]
+        cuts = []
+        for signal, speed in zip(signals, speeds if remix else [100] * len(signals)):
+            cut = signal[start : start + math.ceil(self.length * speed / 100)]
+            cut = resample(cut, speed, 100)[: self.length]
+            cuts.append(np.pad(cut, (0, self.length - len(cut))))
+        return (sum(cuts), np.stack(cuts)) if remix else (cuts[0], np.stack(cuts[1:]))
+
+    def __getitem__(self, index: int) -> dict:
+        path = self.files[index]
+        mixture = self._read(path)
+        sources = [self._read(folder / path.name) for folder in self.source_dirs]
+        if any(len(s) != len(mixture) for s in sources):
+            raise DataError(f"{path} and its sources differ in length: make the set anew")
+        sources = np.stack(sources)
+        if self.length:
+            mixture, sources = self._cut(np.random.default_rng([self.seed, self.epoch, index]), mixture, sources)
+        return {"mixture": mixture, "sources": sources, "name": path.stem}
+
+
+def write_fixed_set(mixtures, out) -> None:
+    """Writes a dataset as a fixed set of 16-bit FLAC, the mixture exactly the sum of its rounded sources.
+
+    Raises DataError if `out` exists already or can't be written; a half-written set never bears that name.
+    """
+    with new_folder(out) as folder:
+        names = ["mix_clean"] + [f"s{k + 1}" for k in range(mixtures.n_speakers)]
+        for name in names:
+            (folder / name).mkdir()
+        for index in tqdm(range(len(mixtures)), desc=f"writing {out}", unit="mixture"):
+            item = mixtures[index]
+            sources = np.round(item["sources"] * 32768).astype(np.int16)  # peaks lie at 0.9
+            signals = [sources.sum(0).astype(np.int16), *sources]
+            for name, signal in zip(names, signals):
+                path = folder / name / f"{index:04d}_{item['name']}.flac"
+                sf.write(path, signal, mixtures.sample_rate, subtype="PCM_16")
+
+
+class new_folder:
+    """Context: a temporary folder beside `out` that takes its name only if all went well."""
+
+    def __init__(self, out):
+        self.out = Path(out)
+
+    def __enter__(self) -> Path:
+        if self.out.exists():
+            raise DataError(f"{self.out} exists already: remove it or choose another --out")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
+            self.temporary.chmod(0o755)
+        except OSError as error:
+            raise DataError(f"can't write to {self.out.parent}: {error.strerror}") from None
+        return self.temporary
+
+    def __exit__(self, error_type, *_):
+        if error_type is None:
+            self.temporary.rename(self.out)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+# speaker: [(Debian package, pattern below usr/share)]. Voices recorded for telephone exchanges, two games and
+# the talking stamps of a drawing program; every language of one program is another reader.
+ASTERISK = {
+    "allison": [("core-sounds-en", "en_US_f_Allison"), ("core-sounds-es", "es_MX_f_Allison")],
+    "june": [("core-sounds-fr", "fr_CA_f_June")],
+    "carlo": [("core-sounds-it", "it_IT_m_Carlo")],
+    "menardi": [("prompt-it-menardi", "it_IT_f_Menardi")],
+    "ivrvoice": [("core-sounds-ru", "ru_RU_f_IvrvoiceRU")],
+}
+VOICES = {
+    **{
+        speaker: [
+            (f"asterisk-{package}-wav", rf"asterisk/sounds/{folder}/(?!silence/).*\.wav") for package, folder in rows
+        ]
+        for speaker, rows in ASTERISK.items()
+    },
+    **{
+        f"fish_{size}_{lang}": [(f"fillets-ng-data-{lang}", rf"games/fillets-ng/sound/[^/]+/{lang}/.*-{mark}-.*\.ogg")]
+        for lang in ("cs", "nl")
+        for size, mark in (("small", "m"), ("big", "v"))
+    },
+    **{
+        f"stamps_{lang}": [("tuxpaint-stamps-default", rf"tuxpaint/stamps/.*_desc_{lang}\.ogg")]
+        for lang in "ro es ru fr bg el be ca da".split()
+    },
+    **{
+        f"ktuberling_{lang}": [("ktuberling-data", rf"ktuberling/sounds/{lang}/.*\.(wav|ogg|opus)")]
+        for lang in "ca da de el en fr gl lt ru sl uk wa nn".split()
+    },
+}
+# Three voices choose hyperparameters, thirteen are only ever scored, all others may be trained on.
+VALID_VOICES = {"stamps_be", "stamps_ca", "stamps_da"}
+BUNDLED_VOICES = sorted(ASTERISK)  # under CC-BY and CC-BY-SA
+
+
+def trim_silence(audio: np.ndarray, rate: int) -> np.ndarray:
+    """Cuts what lies more than 34 dB under the loudest 20 ms at both ends, but for 50 ms; [T] -> [<= T]."""
+    window = max(rate // 50, 1)
+    envelope = np.sqrt(np.convolve(audio.astype(np.float64) ** 2, np.ones(window) / window, "same"))
+    loud = np.flatnonzero(envelope > 0.02 * envelope.max())
+    return audio[max(loud[0] - rate // 20, 0) : loud[-1] + rate // 20] if len(loud) else audio[:0]
+
+
+def build_debian_speech(out, sample_rate: int = 8000) -> None:
+    """Builds `out`/{train,seen,valid,test}/<voice>/*.flac from Debian's packages (about 400 MB to fetch).
+
+    Every 20th recording of a training voice goes to `seen`: known voices, unheard sentences. Recordings shorter
+    than 0.3 s are left out. Raises DataError where apt-get fails.
+    """
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise DataError(f"{tool} not found: the speech comes from Debian's packages, run this on Debian or Ubuntu")
+    with new_folder(out) as folder:
+        unpacked = folder / ".packages"
+        unpacked.mkdir()
+        packages = sorted({package for rows in VOICES.values() for package, _ in rows})
+        for package in tqdm(packages, desc="fetching packages"):
+            try:
+                subprocess.run(["apt-get", "download", package], cwd=unpacked, check=True, capture_output=True)
+            except subprocess.CalledProcessError:
+                raise DataError(f"apt-get download {package} failed: run `apt-get update` first") from None
+            archive = next(unpacked.glob(f"{package}_*.deb"))
+            subprocess.run(["dpkg-deb", "-x", archive, unpacked / package], check=True)
+        for voice, rows in tqdm(VOICES.items(), desc="converting voices"):
+            paths = []
+            for package, pattern in rows:
+                base = unpacked / package / "usr" / "share"
+                paths += sorted(p for p in base.rglob("*") if re.fullmatch(pattern, str(p.relative_to(base))))
+            for index, path in enumerate(paths):
+                if sf.info(path).duration < 0.3:
+                    continue
+                audio, rate = read_audio(path)
+                audio = trim_silence(resample(audio - audio.mean(), rate, sample_rate), sample_rate)
+                if len(audio) < 0.3 * sample_rate:
+                    continue
+                split = "train" if index % 20 else "seen"
+                split = "test" if voice.startswith("ktuberling") else "valid" if voice in VALID_VOICES else split
+                target = folder / split / voice / f"{index:04d}.flac"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                sf.write(target, np.clip(audio, -1, 1), sample_rate, subtype="PCM_16")
+        shutil.rmtree(unpacked)
+
+
+def write_vorbis(path, audio: np.ndarray, rate: int) -> None:
+    # In blocks: libsndfile's Vorbis encoder overflows its stack on long arrays.
+    with sf.SoundFile(path, "w", rate, 1, "VORBIS", compression_level=0.0) as file:
+        for start in range(0, len(audio), 4096):
+            file.write(audio[start : start + 4096])
+
+
+def bundle_speech(speech, out, minutes: float = 8.0, rate: int = 8000) -> None:
+    """Packs `minutes` of each freely licensed voice into one-minute Ogg files: `out`/{train,valid}/<voice>.
+
+    `valid` holds a minute of the same voices' sentences in `seen`. Raises DataError if speech is missing.
+    """
+    with new_folder(out) as folder:
+        for split, source, total in (("train", "train", minutes), ("valid", "seen", 1.0)):
+            speakers = list_speakers(Path(speech) / source)
+            for voice in BUNDLED_VOICES:
+                if voice not in speakers:
+                    raise DataError(f"{speech}/{source}/{voice} is missing: build the folder with `data.py debian`")
+                files = np.random.default_rng(0).permutation(speakers[voice])
+                gap = np.zeros(rate // 5, np.float32)
+                audio = np.concatenate([part for path in files for part in (read_audio(path)[0], gap)])
+                (folder / split / voice).mkdir(parents=True)
+                audio = audio[: int(total * 60 * rate)]
+                for k, start in enumerate(range(0, len(audio), 60 * rate)):
+                    write_vorbis(folder / split / voice / f"{k:02d}.ogg", audio[start : start + 60 * rate], rate)
+
+
+def main():
+    parser = Parser(description="Makes sets of mixtures and folders of speech.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    mix = commands.add_parser("mix", help="write a fixed set of mixtures")
+    mix.add_argument("--speech", required=True, help="folder with one folder per speaker")
+    mix.add_argument("--out", required=True)
+    mix.add_argument("--n", type=int, default=48, help="number of mixtures")
+    mix.add_argument("--seconds", type=float, default=4.0)
+    mix.add_argument("--n_speakers", type=int, default=2)
+    mix.add_argument("--seed", type=int, default=0)
+    mix.add_argument("--sample_rate", type=int, default=8000)
+    debian = commands.add_parser("debian", help="build a speech folder from Debian's packages")
+    debian.add_argument("--out", required=True)
+    bundle = commands.add_parser("bundle", help="pack the freely licensed voices of such a folder")
+    bundle.add_argument("--speech", required=True)
+    bundle.add_argument("--out", required=True)
+    args = parser.parse_args()
+    if args.command == "mix":
+        if args.n < 1 or args.n_speakers < 2 or args.sample_rate < 1000 or args.seconds < 0.1:
+            raise DataError("--n is at least 1, --n_speakers 2, --sample_rate 1000, --seconds 0.1")
+        mixtures = SpeakerMixtures(args.speech, args.sample_rate, args.seconds, args.n, args.seed, args.n_speakers)
+        write_fixed_set(mixtures, args.out)
+    elif args.command == "debian":
+        build_debian_speech(args.out)
+    else:
+        bundle_speech(args.speech, args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f"error: {error}")
