@@ -1,0 +1,161 @@
+"""Codecformer: a transformer that separates speech in the latent space of a neural audio codec.
+
+Towards Audio Codec-based Speech Separation (Yip et al., 2024), https://arxiv.org/abs/2406.12434.
+
+    latents of the mixture [B, D, F]  ->  one mask per speaker [B, S, D, F]
+
+What is unusual, for a reader who knows Sepformer:
+- At 50 frames a second the sequence is short enough for plain self-attention over all of it:
+  no chunks, no dual path.
+- The masks pass through Snake, x + sin^2(a x)/a, not through a sigmoid or ReLU: the latents and
+  the masks have either sign.
+- Positions are computed for the length at hand, so any length works (the authors' table ends at 2,500
+  frames).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+@dataclass(frozen=True)
+class CodecformerConfig:
+    """The defaults are the paper's model: 17,361,408 parameters for two speakers."""
+
+    latent_dim: int = 1024  # D, given by the codec
+    n_speakers: int = 2  # S
+    d_model: int = 256
+    n_layers: int = 16
+    n_heads: int = 8
+    d_ffn: int = 1024
+    dropout: float = 0.1
+    activation: str = "snake"  # of the masks: a key of ACTIVATIONS
+
+    def __post_init__(self):
+        """Raises ValueError for a configuration that can't be built."""
+        for name in ("latent_dim", "d_model", "n_layers", "n_heads", "d_ffn"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if self.n_speakers < 2:
+            raise ValueError(f"n_speakers is {self.n_speakers}, it must be at least 2")
+        if self.d_model % self.n_heads or self.d_model % 2:
+            raise ValueError(f"d_model ({self.d_model}) must be even and a multiple of n_heads ({self.n_heads})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, it must lie in [0, 1)")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}, choose from {', '.join(ACTIVATIONS)}")
+
+
+class Snake1d(nn.Module):
+    """x + sin^2(alpha x) / alpha with one trained alpha per channel; [B, C, F] -> [B, C, F].
+
+    Source: Ziyin et al., 2020, https://arxiv.org/abs/2006.08195.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, channels, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.sin(self.alpha * x).square() / (self.alpha + 1e-9)
+
+
+# Each is built with the number of channels that it is applied to.
+ACTIVATIONS = {
+    "snake": Snake1d,
+    "relu": lambda channels: nn.ReLU(),
+    "tanh": lambda channels: nn.Tanh(),
+    "gelu": lambda channels: nn.GELU(),
+    "prelu": nn.PReLU,
+}
+
+
+def sinusoidal_positions(length: int, dim: int, device=None) -> torch.Tensor:
+    """Positions [length, dim], sines in the even and cosines in the odd channels (Vaswani et al., 2017)."""
+    time = torch.arange(length, device=device, dtype=torch.float32)[:, None]
+    frequency = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10000.0) / dim))
+    return torch.stack([torch.sin(time * frequency), torch.cos(time * frequency)], dim=-1).flatten(1)
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm self-attention and feed-forward; [B, F, d_model] -> [B, F, d_model]."""
+
+    def __init__(self, d_model: int, n_heads: int, d_ffn: int, dropout: float):
+        super().__init__()
+        self.n_heads = n_heads
+        self.attention_norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.attention_out = nn.Linear(d_model, d_model)
+        self.ffn_norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.ffn = nn.Sequential(nn.Linear(d_model, d_ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d_ffn, d_model))
+        self.dropout = nn.Dropout(dropout)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        batch, frames, width = x.shape
+        q, k, v = self.qkv(x).view(batch, frames, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p if self.training else 0.0)
+        return self.attention_out(x.transpose(1, 2).reshape(batch, frames, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.dropout(self.attend(self.attention_norm(x)))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class Codecformer(nn.Module):
+    """Latents of a mixture [B, D, F] -> masks [B, S, D, F], to be multiplied with those latents."""
+
+    def __init__(self, config: CodecformerConfig = CodecformerConfig()):
+        super().__init__()
+        self.config = c = config
+        self.bottleneck = nn.Conv1d(c.latent_dim, c.d_model, 1, bias=False)
+        self.layers = nn.ModuleList(
+            TransformerLayer(c.d_model, c.n_heads, c.d_ffn, c.dropout) for _ in range(c.n_layers)
+        )
+        self.norm = nn.LayerNorm(c.d_model, eps=1e-6)
+        self.expand = nn.Conv1d(c.d_model, c.latent_dim, 1, bias=False)
+        self.split = weight_norm(nn.Conv1d(c.latent_dim, c.latent_dim * c.n_speakers, 1, bias=False))
+        # The gate and the last activation are shared by the speakers.
+        self.gate_value = nn.Sequential(
+            nn.Conv1d(c.latent_dim, c.latent_dim, 1), ACTIVATIONS[c.activation](c.latent_dim)
+        )
+        self.gate = nn.Sequential(nn.Conv1d(c.latent_dim, c.latent_dim, 1), nn.Sigmoid())
+        self.mask_activation = ACTIVATIONS[c.activation](c.latent_dim)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        batch, dim, frames = latents.shape
+        x = self.bottleneck(latents).transpose(1, 2)  # [B, F, d_model]
+        x = x + sinusoidal_positions(frames, x.shape[-1], x.device)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.split(self.expand(self.norm(x).transpose(1, 2)))  # [B, S * D, F]
+        x = x.reshape(-1, dim, frames)  # the speakers join the batch
+        x = self.mask_activation(self.gate_value(x) * self.gate(x))
+        return x.view(batch, self.config.n_speakers, dim, frames)
+
+
+def estimate_latents(model, codec, mixture, quantize_before: bool = False, quantize_after: bool = False):
+    """Mixtures at the codec's level [B, T] -> estimated latents of their speakers [B, S, D, F].
+
+    The two switches are the paper's "RVQ before/after": whether the separator sees quantised latents, and
+    whether its estimates are quantised. No gradient reaches the encoder.
+    """
+    with torch.no_grad():
+        latents = codec.encode(mixture)
+        if quantize_before:
+            latents = codec.quantize(latents)
+    estimates = model(latents).float() * latents[:, None]
+    if quantize_after:
+        estimates = codec.quantize(estimates.flatten(0, 1)).unflatten(0, estimates.shape[:2])
+    return estimates
+
+
+def separate(model, codec, mixture, quantize_before: bool = False, quantize_after: bool = False):
+    """Mixtures [B, T] of any level -> waveforms of their speakers [B, S, T] at that level."""
+    gain = codec.gain(mixture)
+    latents = estimate_latents(model, codec, mixture * gain, quantize_before, quantize_after)
+    wav = codec.decode(latents.flatten(0, 1), mixture.shape[-1]).unflatten(0, latents.shape[:2])
+    return wav / gain[:, None]

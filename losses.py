@@ -1,0 +1,104 @@
+"""SI-SDR, permutation-invariant training, and the three losses that Codecformer can be trained with.
+
+Each training loss has the same signature, so that a new one is one function and one line in LOSSES:
+
+    loss(codec, latents, sources, gain) -> pairwise [B, S, S]
+
+with `latents` [B, S, D, F] the separator's estimates, `sources` [B, S, T] the clean sources and `gain`
+[B, 1, 1] the factor that brought the mixture to the codec's level. Entry (b, i, j) says how badly estimate i
+fits source j, in dB, lower is better; `pit` then picks the permutation.
+
+SI-SDR is Le Roux et al., 2019, https://arxiv.org/abs/1811.02508; cSI-SDR is the
+Codecformer paper's, https://arxiv.org/abs/2406.12434; the embedding loss follows Codecformer-EL,
+https://arxiv.org/abs/2411.17998.
+"""
+
+from itertools import permutations
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+EPS = 1e-10  # an energy: it keeps silence finite and lies far below one 16-bit step in a second of audio
+
+
+def si_sdr(estimates: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+    """Scale-invariant signal-to-distortion ratio in dB over the last axis; [..., T], [..., T] -> [...].
+
+    Means are removed first. Silent or constant input gives a finite value.
+    """
+    estimates = estimates - estimates.mean(-1, keepdim=True)
+    sources = sources - sources.mean(-1, keepdim=True)
+    scale = (estimates * sources).sum(-1, keepdim=True) / (sources.square().sum(-1, keepdim=True) + EPS)
+    target = scale * sources
+    distortion = estimates - target
+    return 10 * torch.log10((target.square().sum(-1) + EPS) / (distortion.square().sum(-1) + EPS))
+
+
+def pit(pairwise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Permutation-invariant loss: the best assignment of estimates to sources, one per mixture.
+
+    pairwise: [B, S, S], the loss of estimate i against source j.
+    Returns the mean loss of the best assignment [B] and the assignment [B, S]: entry j is the estimate that
+    belongs to source j. All permutations are tried up to three speakers, the Hungarian algorithm above.
+    """
+    n_speakers = pairwise.shape[-1]
+    if n_speakers <= 3:
+        candidates = torch.tensor(list(permutations(range(n_speakers))), device=pairwise.device)  # [P, S]
+        columns = torch.arange(n_speakers, device=pairwise.device)
+        loss, best = pairwise[:, candidates, columns].mean(-1).min(-1)  # over [B, P]
+        return loss, candidates[best]
+    costs = pairwise.detach().cpu().numpy()
+    # Rows of the transposed costs are sources, so the assignment comes back sorted by source.
+    assignment = torch.stack([torch.as_tensor(linear_sum_assignment(c.T)[1]) for c in costs]).to(pairwise.device)
+    return pairwise.gather(1, assignment[:, None]).mean((-1, -2)), assignment
+
+
+def reorder(estimates: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
+    """Puts estimates [B, S, ...] in the order of their sources, by the assignment [B, S] of `pit`."""
+    return torch.stack([e[a] for e, a in zip(estimates, assignment)])
+
+
+def keep_hard(loss: torch.Tensor, threshold: float = -30.0) -> torch.Tensor:
+    """Drops mixtures that are separated already: those with a loss [B] at or below the threshold in dB.
+
+    Sepformer's recipe does the same, so that easy mixtures don't drown the others. What is left may be empty.
+    """
+    return loss[loss > threshold]
+
+
+def pairwise_negative_si_sdr(estimates: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+    """[B, S, T], [B, S, T] -> [B, S, S], entry (i, j) the negative SI-SDR of estimate i against source j."""
+    return -si_sdr(estimates[:, :, None], sources[:, None])
+
+
+def decode_sources(codec, latents: torch.Tensor, length: int) -> torch.Tensor:
+    """Latents of several speakers [B, S, D, F] -> waveforms [B, S, length]."""
+    return codec.decode(latents.flatten(0, 1), length).unflatten(0, latents.shape[:2])
+
+
+def si_sdr_loss(codec, latents, sources, gain):
+    """Negative SI-SDR of the decoded estimates against the clean sources."""
+    return pairwise_negative_si_sdr(decode_sources(codec, latents, sources.shape[-1]), sources)
+
+
+def csi_sdr_loss(codec, latents, sources, gain):
+    """Negative codec SI-SDR: against the sources as the codec itself would have transmitted them."""
+    with torch.no_grad():
+        transmitted = codec.transmit(sources.flatten(0, 1)).view_as(sources)
+    return pairwise_negative_si_sdr(decode_sources(codec, latents, sources.shape[-1]), transmitted)
+
+
+def embedding_loss(codec, latents, sources, gain):
+    """Squared error between latents relative to the source's, in dB; nothing is decoded.
+
+    The sources are encoded at the mixture's gain, so that their latents are what a mask on the mixture's
+    latents can reach.
+    """
+    with torch.no_grad():
+        targets = codec.encode((gain * sources).flatten(0, 1)).unflatten(0, sources.shape[:2])
+    error = (latents[:, :, None] - targets[:, None]).square().mean((-1, -2))
+    power = targets.square().mean((-1, -2))[:, None]
+    return 10 * torch.log10((error + EPS) / (power + EPS))
+
+
+LOSSES = {"si_sdr": si_sdr_loss, "csi_sdr": csi_sdr_loss, "embedding": embedding_loss}
