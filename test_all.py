@@ -1,0 +1,673 @@
+"""The project's claims, one test each, against closed forms, other libraries and published constants.
+
+    python -m pytest -q test_all.py        about two minutes on 2 CPU cores
+"""
+
+import csv
+import itertools
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+import dac_wrapper
+import evaluate
+import train
+from codecformer import ACTIVATIONS, Codecformer, CodecformerConfig, Snake1d, separate, sinusoidal_positions
+from dac_wrapper import ASSETS, Codec, CodecError, import_dac, load_dac, measure_lag
+from data import DataError, FixedMixtures, SpeakerMixtures, read_audio, resample, write_fixed_set
+from losses import LOSSES, keep_hard, pairwise_negative_si_sdr, pit, reorder, si_sdr
+
+HERE = Path(__file__).parent
+SPEECH = ASSETS / "speech" / "train"
+TINY = dict(d_model=16, n_layers=1, n_heads=2, d_ffn=32, dropout=0.0)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def codec():
+    return Codec.load("bundled")
+
+
+@pytest.fixture(scope="session")
+def speech():
+    """Two seconds each of two bundled voices [2, 16000]."""
+    return torch.stack([torch.from_numpy(read_audio(SPEECH / v / "01.ogg", 8000, 16000)[0]) for v in ("carlo", "june")])
+
+
+@pytest.fixture(scope="session")
+def official_file(tmp_path_factory):
+    """A weights file as the dac package writes it: the 16 kHz model's strides, random weights, few channels."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = import_dac().DAC(
+            encoder_dim=4, encoder_rates=[2, 4, 5, 8], latent_dim=24, decoder_dim=32, decoder_rates=[8, 5, 4, 2],
+            n_codebooks=3, codebook_size=32, codebook_dim=4, sample_rate=16000,
+        )  # fmt: skip
+    path = tmp_path_factory.mktemp("codec") / "weights.pth"
+    model.save(str(path), package=False)
+    return path, model.eval()
+
+
+def load_quietly(*args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a random codec has no lag to measure and says so
+        return Codec.load(*args, **kwargs)
+
+
+# The separator -------------------------------------------------------------------------------------------------------
+
+
+def test_default_config_has_the_papers_parameter_count():
+    assert sum(p.numel() for p in Codecformer().parameters()) == 17_361_408
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("n_speakers", [2, 3, 5])
+def test_masks_have_the_documented_shape_and_a_gradient_everywhere(activation, n_speakers):
+    model = Codecformer(CodecformerConfig(latent_dim=12, n_speakers=n_speakers, activation=activation, **TINY))
+    masks = model(torch.randn(3, 12, 7))
+    assert masks.shape == (3, n_speakers, 12, 7)
+    masks.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_length_is_not_bounded_by_the_authors_2500_frames():
+    model = Codecformer(CodecformerConfig(latent_dim=8, **TINY)).eval()
+    assert model(torch.randn(1, 8, 3001)).isfinite().all()
+
+
+def test_snake_is_x_plus_squared_sine_over_alpha():
+    snake, x = Snake1d(2), torch.tensor([[[0.3, -2.0], [1.5, 0.0]]])
+    snake.alpha.data = torch.tensor([[[0.5], [3.0]]])
+    expected = [[x_ + math.sin(a * x_) ** 2 / a for x_ in row] for a, row in zip((0.5, 3.0), x[0].tolist())]
+    assert torch.allclose(snake(x)[0], torch.tensor(expected), atol=1e-6)
+
+
+def test_positions_are_those_of_attention_is_all_you_need():
+    table = sinusoidal_positions(5000, 64)
+    assert table[4321, 10].item() == pytest.approx(math.sin(4321 / 10000 ** (10 / 64)), abs=1e-3)
+    assert table[4321, 11].item() == pytest.approx(math.cos(4321 / 10000 ** (10 / 64)), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(n_heads=3), dict(n_speakers=1), dict(activation="swish"), dict(dropout=1.0), dict(n_layers=0)]
+)
+def test_a_config_that_cannot_be_built_is_refused(wrong):
+    with pytest.raises(ValueError):
+        CodecformerConfig(**wrong)
+
+
+# The codec is exact in time, length and level ------------------------------------------------------------------------
+
+
+def test_every_length_from_one_sample_to_two_hops_comes_back(codec, official_file):
+    other = load_quietly(str(official_file[0]), sample_rate=8000)  # resamples 8 -> 16 -> 8 kHz
+    for c in (codec, other):
+        for length in range(1, 2 * c.hop * c.sample_rate // c.codec_rate + 1):
+            wav = torch.randn(1, length)
+            latents = c.encode(wav)
+            assert c.decode(latents, length).shape == (1, length)
+            assert latents.shape[-1] >= length * c.frame_rate / c.sample_rate
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100])
+def test_any_data_rate_is_resampled_to_the_codec_and_back_in_time(codec, speech, rate):
+    wav = torch.from_numpy(np.stack([resample(s.numpy(), 8000, rate) for s in speech]))
+    c = Codec(codec.dac, rate)
+    gain = c.gain(wav)
+    out = c.decode(c.encode(wav * gain), wav.shape[-1]) / gain
+    assert measure_lag(wav[0], out[0], 50)[0] == 0
+    assert si_sdr(out, wav).min() > 15
+
+
+def test_bundled_codec_has_no_lag_and_the_documented_facts(codec, speech):
+    assert codec.lag == 0
+    assert (codec.sample_rate, codec.frame_rate, codec.latent_dim, codec.bitrate) == (8000, 50.0, 320, 6000.0)
+    gain = codec.gain(speech)
+    assert si_sdr(codec.decode(codec.encode(speech * gain), 16000), speech).min() > 25
+
+
+@pytest.mark.parametrize("planted", [-31, -8, 1, 8, 57, 200])
+def test_a_planted_lag_is_measured_and_removed(codec, speech, planted):
+    class Late(torch.nn.Module):
+        """A decoder whose output comes `planted` samples late, as trained weights can make it."""
+
+        def forward(self, latents):
+            wav = codec.dac.decoder(latents)
+            return torch.nn.functional.pad(wav, (planted, 0))[..., : wav.shape[-1]]
+
+    shifted, _ = load_dac(ASSETS / "codec.pth")
+    shifted.decoder = Late()
+    late = Codec(shifted, 8000)
+    assert late.lag == planted
+    gain = speech.new_full((2, 1), 1.0)
+    there_and_back = late.decode(late.encode(speech * gain), 16000)
+    straight = codec.decode(codec.encode(speech * gain), 16000)
+    # An early codec has lost its first samples for good, a late one sees more frames at the end; all else is equal.
+    lost = max(-planted, 0)
+    assert torch.allclose(there_and_back[:, lost:-320], straight[:, lost:-320], atol=1e-4)
+
+
+def test_an_unshifted_signal_scores_where_a_shifted_one_fails(speech):
+    """Why the lag matters: 4 samples at 8 kHz turn a perfect estimate into one of about -10 dB or worse."""
+    assert si_sdr(speech.roll(4, -1), speech).max() < 0
+    assert measure_lag(speech[0], speech[0].roll(4), 10)[0] == 4
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.05, 30.0])
+def test_level_in_equals_level_out(codec, speech, factor):
+    model = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
+    for process in (codec.transmit, lambda wav: separate(model, codec, wav)):
+        reference, scaled = process(speech), process(speech * factor)
+        assert torch.allclose(scaled / factor, reference, atol=2e-3 * reference.abs().max().item())
+    transmitted = codec.transmit(speech)
+    level = 20 * torch.log10(transmitted.std(-1) / speech.std(-1))
+    assert level.abs().max() < 2
+
+
+def test_silence_stays_silence_and_finite(codec):
+    out = codec.transmit(torch.zeros(2, 1000))
+    assert out.isfinite().all() and out.abs().max() < 0.1
+    assert (codec.gain(torch.zeros(2, 1000)) == 1).all()
+
+
+def test_wrapper_agrees_with_the_dac_package(official_file):
+    path, model = official_file
+    codec = load_quietly(str(path), sample_rate=16000)
+    wav = 0.1 * torch.randn(2, 3200)
+    with torch.no_grad():
+        reference, codes, *_ = model.encode(wav[:, None])
+        few, *_ = model.encode(wav[:, None], n_quantizers=2)
+        latents = codec.encode(wav)
+        assert torch.allclose(latents, model.encoder(wav[:, None]), atol=1e-5)
+        assert torch.allclose(codec.quantize(latents), reference, atol=1e-5)
+        assert torch.allclose(codec.quantize(latents, 2), few, atol=1e-5)
+        out = model.decode(reference)[:, 0]
+    assert out.shape[-1] == 3192  # the 8 lost samples that the wrapper gives back
+    codec.lag = 0
+    assert torch.allclose(codec.decode(reference, 3200)[:, :3192], out, atol=1e-5)
+    assert codec.bitrate == 3 * 5 * 50
+
+
+def test_codec_is_frozen_but_differentiable_and_weight_norm_is_folded(codec, speech):
+    assert not any(p.requires_grad for p in codec.dac.parameters())
+    assert not any("weight_g" in name for name, _ in codec.dac.named_parameters())
+    latents = codec.encode(speech).requires_grad_()
+    for process in (lambda z: z, codec.quantize):
+        (gradient,) = torch.autograd.grad(codec.decode(process(latents), 16000).square().sum(), latents)
+        assert gradient.isfinite().all() and gradient.any()
+
+
+def test_more_codebooks_transmit_better(codec, speech):
+    quality = [si_sdr(codec.transmit(speech, n), speech).mean().item() for n in (1, 4, 12)]
+    assert quality[0] < quality[1] < quality[2]
+    for n in (0, 13):
+        with pytest.raises(ValueError, match="1 to 12"):
+            codec.quantize(codec.encode(speech), n)
+
+
+def test_making_the_small_codec_writes_an_official_file_that_transmits_speech(tmp_path, speech):
+    path = tmp_path / "codec.pth"
+    dac_wrapper.save_dac(dac_wrapper.fit_codec(SPEECH, seconds=12), path)
+    codec = Codec.load(str(path))
+    assert codec.lag == 0
+    assert si_sdr(codec.transmit(speech), speech).mean() > 3
+    assert set(torch.load(path, weights_only=True)) == {"state_dict", "metadata"}
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_bad_codecs_are_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bomb.pth").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"state_dict": Bomb(), "metadata": {}}, tmp_path / "bomb2.pth")
+    (tmp_path / "empty.pth").touch()
+    truncated = (ASSETS / "codec.pth").read_bytes()[:100000]
+    (tmp_path / "truncated.pth").write_bytes(truncated)
+    torch.save({"state_dict": {}, "metadata": {"kwargs": {}}}, tmp_path / "other.pth")
+    for name in ("bomb.pth", "bomb2.pth", "empty.pth", "truncated.pth", "other.pth", "dac_99khz"):
+        with pytest.raises(CodecError) as caught:
+            Codec.load(name)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "exploded").exists()
+    with pytest.raises(CodecError, match="out of range"):
+        Codec.load("bundled", sample_rate=100)
+
+
+def test_official_weights_are_fetched_whole_or_not_at_all(tmp_path, monkeypatch, official_file):
+    monkeypatch.setattr(dac_wrapper, "CACHE", tmp_path / "cache")
+    cached = tmp_path / "cache" / dac_wrapper.OFFICIAL["dac_16khz"][1]
+    monkeypatch.setattr(dac_wrapper, "RELEASES", "http://127.0.0.1:9/")  # nobody listens there
+    with pytest.raises(CodecError, match="can't fetch"):
+        Codec.load("dac_16khz")
+    release = tmp_path / "0.0.5" / "weights_16khz.pth"
+    release.parent.mkdir()
+    release.write_bytes(official_file[0].read_bytes())
+    monkeypatch.setattr(dac_wrapper, "RELEASES", tmp_path.as_uri() + "/")
+    genuine = dac_wrapper.urllib.request.urlopen
+
+    def cut_short(url, timeout):
+        response = genuine(url, timeout=timeout)
+        response.headers.replace_header("Content-Length", str(10**9))
+        return response
+
+    monkeypatch.setattr(dac_wrapper.urllib.request, "urlopen", cut_short)
+    with pytest.raises(CodecError, match="the connection ended"):
+        Codec.load("dac_16khz")
+    assert list(cached.parent.iterdir()) == []
+    monkeypatch.setattr(dac_wrapper.urllib.request, "urlopen", genuine)
+    assert load_quietly("dac_16khz").codec_rate == 16000
+    assert cached.read_bytes() == release.read_bytes()
+
+
+# Losses --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [-20, 0, 13.7, 40])
+def test_si_sdr_closed_form(level):
+    """Noise orthogonal to the source: SI-SDR is the ratio of their energies, whatever the scale and offset."""
+    time = torch.arange(8000, dtype=torch.float64) / 8000
+    source, noise = torch.sin(2 * math.pi * 50 * time), torch.cos(2 * math.pi * 90 * time)
+    estimate = 7.3 * (source + noise * 10 ** (-level / 20)) + 0.4
+    assert si_sdr(estimate, source).item() == pytest.approx(level, abs=1e-6)
+
+
+def test_si_sdr_and_sdr_agree_with_other_libraries(speech):
+    from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
+
+    estimates = speech + 0.03 * torch.randn_like(speech) + 0.2 * speech.flip(0)
+    theirs = scale_invariant_signal_distortion_ratio(estimates, speech, zero_mean=True)
+    assert torch.allclose(si_sdr(estimates, speech), theirs, atol=1e-4)
+
+    rng, n = np.random.default_rng(0), 8000
+    white = [rng.standard_normal(n + 63), rng.standard_normal(n + 15)]
+    sources = np.stack([np.convolve(w, np.hanning(k), "valid")[:n] for w, k in zip(white, (64, 16))])
+    estimates = np.stack(
+        [0.8 * np.roll(sources[0], 3) + 0.3 * sources[1] + 0.1 * rng.standard_normal(n), sources[1] + 0.05 * sources[0]]
+    )
+    # Printed by mir_eval 0.8.2's bss_eval_sources for these signals; the mixture's improvement over itself is 0.
+    expected = np.mean([15.69859854, 19.35666372])
+    scores = evaluate.score(estimates, sources, np.zeros(n) + 1e-3 * sources[0], sources, 8000)
+    zero = evaluate.score(np.stack([1e-3 * sources[0]] * 2), sources, 1e-3 * sources[0], sources, 8000)
+    sdr_of_mixture = zero["sdr"]
+    assert scores["sdr_i"] + sdr_of_mixture == pytest.approx(expected, abs=1e-3)
+    assert zero["sdr_i"] == pytest.approx(0, abs=1e-6)
+
+
+def test_silent_and_constant_signals_give_finite_losses_and_gradients(codec):
+    for source in (torch.zeros(1, 2, 800), torch.full((1, 2, 800), 0.3)):
+        for estimate in (torch.zeros(1, 2, 800), torch.randn(1, 2, 800)):
+            estimate.requires_grad_()
+            loss, _ = pit(pairwise_negative_si_sdr(estimate, source))
+            loss.sum().backward()
+            assert loss.isfinite().all() and estimate.grad.isfinite().all()
+        for loss in LOSSES.values():
+            latents = torch.zeros(1, 2, codec.latent_dim, 5, requires_grad=True)
+            pairwise = loss(codec, latents, source, torch.ones(1, 1, 1))
+            pairwise.sum().backward()
+            assert pairwise.isfinite().all() and latents.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("n_speakers", [2, 3, 4, 5])
+def test_pit_finds_every_permutation(n_speakers):
+    sources = torch.randn(1, n_speakers, 400)
+    for permutation in itertools.permutations(range(n_speakers)):
+        estimates = sources[:, list(permutation)] + 0.1 * torch.randn_like(sources)
+        pairwise = pairwise_negative_si_sdr(estimates, sources)
+        loss, assignment = pit(pairwise)
+        assert [permutation[a] for a in assignment[0]] == list(range(n_speakers))
+        assert si_sdr(reorder(estimates, assignment), sources).min() > 10
+        brute = min(
+            np.mean([pairwise[0, p[j], j].item() for j in range(n_speakers)])
+            for p in itertools.permutations(range(n_speakers))
+        )
+        assert loss.item() == pytest.approx(brute, abs=1e-5)
+
+
+def test_each_loss_is_best_for_what_it_asks_for(codec, speech):
+    sources = speech[None]
+    gain = codec.gain(sources.sum(1))[:, None]
+    clean = codec.encode((gain * sources)[0])[None]
+    swapped = clean.flip(1)
+    per_source = codec.gain(speech)
+    quantized = codec.quantize(codec.encode(speech * per_source))[None]
+    for name, perfect, reached in (("si_sdr", clean, -25), ("csi_sdr", quantized, -60), ("embedding", clean, -60)):
+        loss, assignment = pit(LOSSES[name](codec, perfect, sources, gain))
+        assert loss.item() < reached and assignment.tolist() == [[0, 1]]
+        loss, assignment = pit(LOSSES[name](codec, perfect.flip(1), sources, gain))
+        assert loss.item() < reached and assignment.tolist() == [[1, 0]]
+    assert swapped.shape == clean.shape
+
+
+def test_mixtures_beyond_the_threshold_leave_the_step():
+    assert keep_hard(torch.tensor([-31.0, -29.0, -30.0, 3.0])).tolist() == [-29.0, 3.0]
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def same(a, b) -> bool:
+    return a["name"] == b["name"] and np.array_equal(a["mixture"], b["mixture"])
+
+
+def test_mixtures_are_a_pure_function_of_seed_epoch_and_index():
+    first, second = (SpeakerMixtures(SPEECH, 8000, 1.0, 50, seed=3, speeds=(90, 100, 110)) for _ in range(2))
+    later = [second[i] for i in (7, 0, 31)]  # in another order
+    assert all(same(first[i], item) for i, item in zip((7, 0, 31), later))
+    assert not same(first[7], first[8])
+    second.epoch = 1
+    assert not same(first[7], second[7])
+    assert not same(first[7], SpeakerMixtures(SPEECH, 8000, 1.0, 50, seed=4)[7])
+
+
+def test_mixtures_are_the_sum_of_different_speakers_within_the_level_range():
+    data = SpeakerMixtures(SPEECH, 8000, 1.0, 40, n_speakers=3)
+    differences = []
+    for index in range(40):
+        item = data[index]
+        assert item["mixture"].shape == (8000,) and item["sources"].shape == (3, 8000)
+        assert len(set(item["name"].split("_"))) == 3
+        assert np.allclose(item["sources"].sum(0), item["mixture"], atol=1e-6)
+        assert np.abs(item["mixture"]).max() <= 0.9001
+        levels = 20 * np.log10(item["sources"].std(-1))
+        differences.append(levels.max() - levels.min())
+    assert 0 <= min(differences) < 1 and 4 < max(differences) <= 5.001
+
+
+def write_tone(path, hertz, rate=8000, seconds=3.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(path, 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate), rate)
+
+
+def test_speed_and_rate_change_pitch_as_they_should(tmp_path):
+    write_tone(tmp_path / "a" / "x.wav", 400, rate=8000)
+    write_tone(tmp_path / "b" / "y.wav", 400, rate=22050)
+    item = SpeakerMixtures(tmp_path, 8000, 2.0, 1, speeds=(125,))[0]
+    for source in item["sources"]:
+        spectrum = np.abs(np.fft.rfft(source * np.hanning(16000)))
+        assert spectrum.argmax() / 2 == pytest.approx(500, abs=1)
+
+
+def test_ranks_share_out_each_update_without_overlap():
+    class Of1000:
+        def __len__(self):
+            return 1000
+
+    args = train.parse_args(["--batch_size", "6", "--accumulate", "2"])
+    whole = train.epoch_batches(Of1000(), args, 5, 0, 1)
+    args.batch_size = 3
+    ranks = [train.epoch_batches(Of1000(), args, 5, rank, 2) for rank in range(2)]
+    for k, batch in enumerate(whole):
+        assert not set(ranks[0][k]) & set(ranks[1][k])
+        assert sorted(ranks[0][k] + ranks[1][k]) == sorted(batch)
+    assert len({i for batch in whole for i in batch}) == len(whole) * 6
+    assert train.epoch_batches(Of1000(), args, 6, 0, 2) != ranks[0]
+
+
+def test_a_fixed_set_reads_back_sample_exact(tmp_path):
+    data = SpeakerMixtures(SPEECH, 8000, 1.0, 4, seed=1)
+    write_fixed_set(data, tmp_path / "set")
+    fixed = FixedMixtures(tmp_path / "set", 8000)
+    assert len(fixed) == 4 and fixed.n_speakers == 2
+    for index in range(4):
+        item, original = fixed[index], data[index]
+        assert np.array_equal(item["sources"].sum(0), item["mixture"])
+        assert np.abs(item["sources"] - original["sources"]).max() <= 0.5001 / 32768
+    cut = FixedMixtures(tmp_path / "set", 8000, seconds=0.5, speeds=(80, 100, 125))
+    assert np.allclose(cut[2]["sources"].sum(0), cut[2]["mixture"], atol=1e-6)
+    assert cut[2]["mixture"].shape == (4000,) and same(cut[2], cut[2])
+    with pytest.raises(DataError, match="exists already"):
+        write_fixed_set(data, tmp_path / "set")
+
+
+def bad_recordings(folder: Path) -> list[Path]:
+    tone = (0.1 * np.sin(np.arange(8000))).astype(np.float32)
+    sf.write(folder / "whole.wav", tone, 8000)
+    whole = (folder / "whole.wav").read_bytes()
+    (folder / "empty.wav").touch()
+    (folder / "text.wav").write_text("no audio here")
+    (folder / "truncated.flac").write_bytes(
+        (SPEECH.parent.parent / "test_mixtures" / "s1").glob("*").__next__().read_bytes()[:9000]
+    )
+    (folder / "header_only.wav").write_bytes(whole[:44])
+    for name, value in (("nan.wav", np.nan), ("inf.wav", np.inf)):
+        broken = tone.copy()
+        broken[100] = value
+        sf.write(folder / name, broken, 8000, subtype="FLOAT")
+    sf.write(folder / "short.wav", tone[:799], 8000)
+    names = "empty.wav text.wav truncated.flac header_only.wav nan.wav inf.wav short.wav missing.wav".split()
+    return [folder / name for name in names]
+
+
+def test_each_bad_recording_is_one_clear_line_that_names_it(tmp_path, codec):
+    model = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
+    checkpoint = {"quantize_before": False, "quantize_after": False}
+    for path in bad_recordings(tmp_path):
+        with pytest.raises(DataError) as caught:
+            evaluate.separate_file(model, codec, checkpoint, path)
+        assert path.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_folders_are_refused(tmp_path):
+    (tmp_path / "one" / "speaker").mkdir(parents=True)
+    write_tone(tmp_path / "one" / "speaker" / "x.wav", 300)
+    for folder in (tmp_path / "one", tmp_path / "nowhere"):
+        with pytest.raises(DataError):
+            SpeakerMixtures(folder, 8000, 1.0, 1)
+    with pytest.raises(DataError, match="s1 and s2"):
+        FixedMixtures(tmp_path / "one", 8000)
+    for folder in ("mix", "s1", "s2"):
+        write_tone(tmp_path / "set" / folder / "x.wav", 300, rate=8000 if folder != "s2" else 16000)
+    with pytest.raises(DataError, match="16000 Hz"):
+        FixedMixtures(tmp_path / "set", 8000)[0]
+    (tmp_path / "set" / "s2" / "x.wav").unlink()
+    with pytest.raises(DataError, match="missing"):
+        FixedMixtures(tmp_path / "set", 8000)
+
+
+# The programs --------------------------------------------------------------------------------------------------------
+
+SHORT = "--d_model 16 --n_layers 1 --n_heads 2 --d_ffn 32 --seconds 0.5 --valid_size 2 --workers 0".split()
+
+
+def run(*command, cwd=HERE):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd, timeout=240)
+
+
+def run_train(*flags):
+    train.train(train.parse_args([*SHORT, *map(str, flags)]))
+
+
+def logged(folder) -> list[dict]:
+    with open(folder / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A separator trained for two updates."""
+    out = tmp_path_factory.mktemp("run") / "r"
+    run_train("--out", out, "--epochs", 2, "--epoch_size", 4, "--batch_size", 4)
+    return out
+
+
+def test_a_run_repeats_and_resumes_to_the_same_weights(tmp_path):
+    flags = ["--epoch_size", 8, "--batch_size", 4, "--epochs", 2]
+    run_train("--out", tmp_path / "a", *flags)
+    run_train("--out", tmp_path / "b", *flags)
+    half = train.parse_args([*SHORT, *map(str, flags), "--out", str(tmp_path / "c"), "--save_every", "1"])
+    genuine, calls = train.save, []
+
+    def killed_after_three(path, checkpoint):
+        genuine(path, checkpoint)
+        calls.append(path.name)
+        if calls.count("last.pt") == 4:  # in the middle of the second epoch
+            raise KeyboardInterrupt
+
+    train.save = killed_after_three
+    with pytest.raises(KeyboardInterrupt):
+        train.train(half)
+    train.save = genuine
+    stopped = torch.load(tmp_path / "c" / "last.pt", weights_only=True)
+    assert (stopped["epoch"], stopped["step"]) == (1, 1)
+    half.resume = True
+    train.train(half)
+    a, b, c = (torch.load(tmp_path / x / "last.pt", weights_only=True) for x in "abc")
+    for other in (b, c):
+        assert all(torch.equal(a["model"][k], other["model"][k]) for k in a["model"])
+    assert logged(tmp_path / "a")[-1]["valid_si_sdr_i"] == logged(tmp_path / "c")[-1]["valid_si_sdr_i"]
+
+
+def test_two_ranks_with_half_the_batch_compute_what_one_rank_does(tmp_path):
+    flags = [*SHORT, "--epochs", "1", "--epoch_size", "8", "--loss", "csi_sdr"]
+    run_train("--out", tmp_path / "one", "--epochs", 1, "--epoch_size", 8, "--loss", "csi_sdr", "--batch_size", 8)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    result = run(*torchrun, "train.py", *flags, "--batch_size", 4, "--out", tmp_path / "two")
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, two = logged(tmp_path / "one")[-1], logged(tmp_path / "two")[-1]
+    assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=1e-4)
+    assert float(one["valid_si_sdr_i"]) == pytest.approx(float(two["valid_si_sdr_i"]), abs=1e-3)
+
+
+def test_training_learns_to_tell_two_tones_apart(tmp_path):
+    for speaker, base in (("low", 200), ("high", 1500)):
+        for k in range(4):
+            write_tone(tmp_path / "tones" / speaker / f"{k}.wav", base * (1 + 0.1 * k))
+    run_train(
+        "--out", tmp_path / "r", "--data", tmp_path / "tones", "--valid", tmp_path / "tones", "--epochs", 2,
+        "--epoch_size", 240, "--batch_size", 8, "--lr", "0.01", "--speeds", 100,
+    )  # fmt: skip
+    assert float(logged(tmp_path / "r")[-1]["valid_si_sdr_i"]) > 5
+
+
+def test_evaluate_writes_all_it_promises(trained, tmp_path):
+    data = SpeakerMixtures(SPEECH.parent / "valid", 8000, 2.0, 2)
+    write_fixed_set(data, tmp_path / "set")
+    result = run("evaluate.py", "--ckpt", trained / "best.pt", "--data", tmp_path / "set", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr[-2000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["n_mixtures"] == 2 and set(results["rows"]) == {"mixture", "ceiling", "codecformer"}
+    for row in results["rows"].values():
+        assert set(row) == set(evaluate.METRICS)
+        assert all(math.isfinite(v["mean"]) and math.isfinite(v["ci95"]) for v in row.values())
+    assert results["rows"]["mixture"]["si_sdr_i"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert results["rows"]["ceiling"]["si_sdr"]["mean"] > 20
+    with open(tmp_path / "out" / "results.csv") as file:
+        lines = list(csv.DictReader(file))
+    scores = [float(line["codecformer_si_sdr"]) for line in lines]
+    assert np.mean(scores) == pytest.approx(results["rows"]["codecformer"]["si_sdr"]["mean"], abs=1e-3)
+    # The file on disk scores what the table says.
+    reference = FixedMixtures(tmp_path / "set", 8000)
+    for line, item in zip(lines, reference):
+        estimates = [read_audio(tmp_path / "out" / "audio" / f"{line['mixture']}_s{k}.wav")[0] for k in (1, 2)]
+        again = si_sdr(torch.from_numpy(np.stack(estimates)), torch.from_numpy(item["sources"])).mean().item()
+        assert again == pytest.approx(float(line["codecformer_si_sdr"]), abs=1e-3)
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("<audio") == page.count("<img") == 2 * 5
+    assert 'src="http' not in page
+
+
+def test_bundled_weights_beat_the_mixture_on_speakers_never_trained_on():
+    model, codec, checkpoint = evaluate.load_separator(ASSETS / "separator.pt", "cpu")
+    data = FixedMixtures(ASSETS / "test_mixtures", codec.sample_rate)
+    gains = []
+    for index in range(0, len(data), 2):
+        signals, transmitted = evaluate.separate_mixture(model, codec, checkpoint, data[index])
+        reached, before = (
+            si_sdr(torch.from_numpy(signals[row]), torch.from_numpy(transmitted)) for row in ("codecformer", "mixture")
+        )
+        gains.append((reached - before).mean().item())
+    assert len(data) >= 40 and np.mean(gains) > 0
+
+
+@pytest.mark.parametrize(
+    "rate, channels, samples, subtype",
+    [(8000, 1, 800, "PCM_16"), (44100, 2, 30001, "PCM_24"), (22050, 6, 4444, "FLOAT"), (11025, 1, 20000, "PCM_U8")],
+)
+def test_separated_recordings_keep_rate_length_and_level(trained, codec, tmp_path, rate, channels, samples, subtype):
+    model, codec, checkpoint = evaluate.load_separator(trained / "best.pt", "cpu")
+    with torch.no_grad():  # masks of one half each, so that the level that must come back is known
+        model.mask_activation = Constant(0.5)
+    wav = 0.2 * np.sin(2 * np.pi * 300 * np.arange(samples) / rate)
+    sf.write(tmp_path / "mix.wav", np.repeat(wav[:, None], channels, 1), rate, subtype=subtype)
+    estimates, out_rate = evaluate.separate_file(model, codec, checkpoint, tmp_path / "mix.wav")
+    assert out_rate == rate and estimates.shape == (2, samples)
+    middle = slice(samples // 4, -samples // 4)
+    assert estimates[:, middle].std() == pytest.approx(wav[middle].std() / 2, rel=0.1)
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return torch.full_like(x, self.value)
+
+
+def test_bad_checkpoints_are_refused(trained, tmp_path, official_file):
+    good = torch.load(trained / "best.pt", weights_only=True)
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "empty.pt").touch()
+    torch.save({**good, "config": {**good["config"], "d_model": 32}}, tmp_path / "other_config.pt")
+    torch.save({**good, "codec": {**good["codec"], "fingerprint": "0"}}, tmp_path / "other_codec.pt")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    for name in ("bomb", "empty", "other_config", "other_codec", "other", "missing"):
+        with pytest.raises(train.SettingsError) as caught:
+            evaluate.load_separator(tmp_path / f"{name}.pt", "cpu")
+        assert "\n" not in str(caught.value) and name in str(caught.value)
+    with pytest.raises(train.SettingsError, match="another codec"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluate.load_separator(trained / "best.pt", "cpu", str(official_file[0]))
+
+
+def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    sf.write(tmp_path / "short.wav", np.ones(80), 8000)
+    cases = [
+        (["train.py", "--resume", "--out", tmp_path / "new"], "nothing to resume"),
+        (["train.py", "--out", trained], "holds a run already"),
+        (["train.py", "--out", blocked / "run"], "can't write"),
+        (["train.py", "--data", SPEECH / "carlo", "--out", tmp_path / "x"], "at least 2 are needed"),
+        (["train.py", "--codec", "dac_7khz", "--out", tmp_path / "x"], "no codec dac_7khz"),
+        (["train.py", "--lr", "-1", "--out", tmp_path / "x"], "--lr is -1.0, it must be positive"),
+        (["train.py", "--n_heads", "5", "--out", tmp_path / "x"], "multiple of n_heads"),
+        (["evaluate.py", "--ckpt", tmp_path / "none.pt"], "no checkpoint"),
+        (["evaluate.py", "--ckpt", trained / "best.pt", "--out", blocked / "y"], "can't write"),
+        (["evaluate.py", "--ckpt", trained / "best.pt", "--mix", tmp_path / "short.wav", "--out", tmp_path / "z"], "0.1 s"),
+        (["data.py", "mix", "--speech", SPEECH / "carlo", "--out", tmp_path / "set"], "at least 2 are needed"),
+        (["data.py", "mix", "--speech", SPEECH, "--out", blocked / "set", "--n", "1"], "can't write"),
+    ]  # fmt: skip
+    running = [
+        (subprocess.Popen([sys.executable, *map(str, c)], stdout=-1, stderr=-1, text=True, cwd=HERE), message)
+        for c, message in cases
+    ]
+    for process, message in running:
+        _, stderr = process.communicate(timeout=240)
+        assert process.returncode not in (0, None) and "Traceback" not in stderr, stderr
+        assert message in (stderr.strip().splitlines() or [""])[-1], (message, process.returncode, stderr)
+
+
+@pytest.mark.parametrize("config", sorted(p.name for p in (HERE / "config").glob("*.txt")))
+def test_every_config_is_understood(config):
+    args = train.parse_args([f"@{HERE / 'config' / config}"])
+    assert args.n_layers == 16 and args.d_model == 256 and args.lr == 1.5e-4 and args.batch_size == 1
