@@ -36,7 +36,7 @@ from codecformer import separate
 from dac_wrapper import ASSETS, Codec, CodecError
 from data import DataError, FixedMixtures, Parser, read_audio, resample
 from losses import pairwise_negative_si_sdr, pit, reorder, si_sdr
-from train import SettingsError, git_revision, load_checkpoint, restore_model, setup_process
+from train import SettingsError, check_codec, git_revision, load_checkpoint, restore_model, setup_process
 
 METRICS = {
     "si_sdr": "SI-SDR", "si_sdr_i": "SI-SDRi", "csi_sdr_i": "cSI-SDRi", "sdr_i": "SDRi", "pesq": "PESQ", "stoi": "STOI",
@@ -51,13 +51,8 @@ def load_separator(ckpt, device, codec_name=None):
     Raises SettingsError if the codec is not the one that the separator was trained on, CodecError without one.
     """
     checkpoint = load_checkpoint(ckpt)
-    trained_on = checkpoint["codec"]
-    codec = Codec.load(codec_name or trained_on["name"], checkpoint["sample_rate"], device)
-    if codec.fingerprint != trained_on["fingerprint"]:
-        raise SettingsError(
-            f"{ckpt} was trained on another codec than {codec.name} ({trained_on['name']}, weights "
-            f"{trained_on['fingerprint']}): give that one with --codec"
-        )
+    codec = Codec.load(codec_name or checkpoint["codec"]["name"], checkpoint["sample_rate"], device)
+    check_codec(checkpoint, ckpt, codec)
     return restore_model(checkpoint, ckpt).to(device).eval(), codec, checkpoint
 
 
@@ -109,17 +104,16 @@ def separate_mixture(model, codec, checkpoint, item) -> tuple[dict, np.ndarray]:
     before, after = checkpoint["quantize_before"], checkpoint["quantize_after"]
     estimates = separate(model, codec, mixture, before, after)
     _, assignment = pit(pairwise_negative_si_sdr(estimates, sources[None]))
-    gain = codec.gain(sources)
-    latents = codec.encode(sources * gain)
-    if before or after:
-        latents = codec.quantize(latents)
-    ceiling = codec.decode(latents, sources.shape[-1]) / gain
+    transmitted = ceiling = codec.transmit(sources)
+    if not (before or after):
+        gain = codec.gain(sources)
+        ceiling = codec.decode(codec.encode(sources * gain), sources.shape[-1]) / gain
     signals = {
         "mixture": mixture.expand_as(sources),
         "ceiling": ceiling,
         "codecformer": reorder(estimates, assignment)[0],
     }
-    return {row: s.cpu().numpy() for row, s in signals.items()}, codec.transmit(sources).cpu().numpy()
+    return {row: s.cpu().numpy() for row, s in signals.items()}, transmitted.cpu().numpy()
 
 
 def summarise(scores: list[dict]) -> dict:

@@ -215,6 +215,16 @@ def load_checkpoint(path) -> dict:
     return checkpoint
 
 
+def check_codec(checkpoint: dict, path, codec: Codec) -> None:
+    """Raises SettingsError if `codec` is not the one that the checkpoint's separator was trained on."""
+    trained_on = checkpoint["codec"]
+    if codec.fingerprint != trained_on["fingerprint"]:
+        raise SettingsError(
+            f"{path} was trained on another codec than {codec.name} ({trained_on['name']}, weights "
+            f"{trained_on['fingerprint']}): give that one with --codec"
+        )
+
+
 def restore_model(checkpoint: dict, path) -> Codecformer:
     """The separator of a checkpoint. Raises SettingsError if its weights don't fit its own config."""
     try:
@@ -260,8 +270,7 @@ def train(args) -> None:
     if checkpoint:
         if checkpoint["config"] != asdict(config):
             raise SettingsError(f"{start} was trained with another config than the flags say: {checkpoint['config']}")
-        if checkpoint["codec"]["fingerprint"] != codec.fingerprint:
-            raise SettingsError(f"{start} was trained on another codec ({checkpoint['codec']['name']}): see --codec")
+        check_codec(checkpoint, start, codec)
         model = restore_model(checkpoint, start)
     model.to(device)
     ddp = DistributedDataParallel(model) if world > 1 else model
