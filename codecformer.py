@@ -1,10 +1,12 @@
-"""Codecformer: a transformer that separates speech in the latent space of a neural audio codec.
+"""The separators: Codecformer, in the latent space of a neural audio codec, and its baseline Sepformer, on waveforms.
 
 Towards Audio Codec-based Speech Separation (Yip et al., 2024), https://arxiv.org/abs/2406.12434.
+Attention is All You Need in Speech Separation (Subakan et al., 2021), https://arxiv.org/abs/2010.13154.
 
-    latents of the mixture [B, D, F]  ->  one mask per speaker [B, S, D, F]
+    Codecformer: latents of the mixture [B, D, F]  ->  one mask per speaker [B, S, D, F]
+    Sepformer:   the mixture [B, T]                ->  estimates [B, S, T]
 
-What is unusual, for a reader who knows Sepformer:
+What is unusual in Codecformer, for a reader who knows Sepformer:
 - At 50 frames a second the sequence is short enough for plain self-attention over all of it:
   no chunks, no dual path.
 - The masks pass through Snake, x + sin^2(a x)/a, not through a sigmoid or ReLU: the latents and
@@ -22,32 +24,54 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 
-@dataclass(frozen=True)
-class CodecformerConfig:
-    """The defaults are the paper's model: 17,361,408 parameters for two speakers."""
+@dataclass(frozen=True, kw_only=True)
+class SeparatorConfig:
+    """What both separators are sized by."""
 
-    latent_dim: int = 1024  # D, given by the codec
     n_speakers: int = 2  # S
     d_model: int = 256
-    n_layers: int = 16
+    n_layers: int
     n_heads: int = 8
     d_ffn: int = 1024
-    dropout: float = 0.1
-    activation: str = "snake"  # of the masks: a key of ACTIVATIONS
+    dropout: float
 
     def __post_init__(self):
         """Raises ValueError for a configuration that can't be built."""
-        for name in ("latent_dim", "d_model", "n_layers", "n_heads", "d_ffn"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} is {value}, it must be at least 1")
         if self.n_speakers < 2:
             raise ValueError(f"n_speakers is {self.n_speakers}, it must be at least 2")
         if self.d_model % self.n_heads or self.d_model % 2:
             raise ValueError(f"d_model ({self.d_model}) must be even and a multiple of n_heads ({self.n_heads})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, it must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecformerConfig(SeparatorConfig):
+    """The defaults are the paper's model: 17,361,408 parameters for two speakers."""
+
+    latent_dim: int = 1024  # D, given by the codec
+    n_layers: int = 16
+    dropout: float = 0.1
+    activation: str = "snake"  # of the masks: a key of ACTIVATIONS
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}, choose from {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SepformerConfig(SeparatorConfig):
+    """The defaults are SpeechBrain's WSJ0-2mix recipe: 25,679,361 parameters for two speakers."""
+
+    n_layers: int = 8  # of each of the transformers, two a block
+    dropout: float = 0.0
+    n_blocks: int = 2
+    chunk: int = 250  # frames; half of them shared with the next chunk
+    kernel: int = 16  # samples; half of them shared with the next frame
 
 
 class Snake1d(nn.Module):
@@ -137,8 +161,81 @@ class Codecformer(nn.Module):
         return x.view(batch, self.config.n_speakers, dim, frames)
 
 
-def estimate_latents(model, codec, mixture, quantize_before: bool = False, quantize_after: bool = False):
-    """Mixtures at the codec's level [B, T] -> estimated latents of their speakers [B, S, D, F].
+class DualPathBlock(nn.Module):
+    """Attention within chunks, then across them; [B, C, chunks, chunk] -> the same."""
+
+    def __init__(self, c: SepformerConfig):
+        super().__init__()
+        self.within, self.across = (
+            nn.Sequential(
+                *(TransformerLayer(c.d_model, c.n_heads, c.d_ffn, c.dropout) for _ in range(c.n_layers)),
+                nn.LayerNorm(c.d_model, eps=1e-6),
+            )
+            for _ in range(2)
+        )
+        self.within_norm, self.across_norm = (nn.GroupNorm(1, c.d_model, eps=1e-8) for _ in range(2))
+
+    @staticmethod
+    def attend(transformer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Runs a transformer along the third axis of [B, C, length, others]."""
+        batch, width, length, others = x.shape
+        x = x.permute(0, 3, 2, 1).reshape(batch * others, length, width)
+        x = transformer(x + sinusoidal_positions(length, width, x.device))
+        return x.view(batch, others, length, width).permute(0, 3, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.within_norm(self.attend(self.within, x.transpose(2, 3)).transpose(2, 3))
+        return x + self.across_norm(self.attend(self.across, x))
+
+
+class Sepformer(nn.Module):
+    """Mixtures [B, T] of any length and level -> estimates [B, S, T]."""
+
+    def __init__(self, config: SepformerConfig = SepformerConfig()):
+        super().__init__()
+        self.config = c = config
+        width = c.d_model
+        self.encoder = nn.Conv1d(1, width, c.kernel, c.kernel // 2, bias=False)
+        self.norm = nn.GroupNorm(1, width, eps=1e-8)
+        self.bottleneck = nn.Conv1d(width, width, 1, bias=False)
+        self.blocks = nn.Sequential(*(DualPathBlock(c) for _ in range(c.n_blocks)))
+        self.split = nn.Sequential(nn.PReLU(), nn.Conv2d(width, width * c.n_speakers, 1))
+        # As in Codecformer, the gate is shared by the speakers.
+        self.gate_value = nn.Sequential(nn.Conv1d(width, width, 1), nn.Tanh())
+        self.gate = nn.Sequential(nn.Conv1d(width, width, 1), nn.Sigmoid())
+        self.expand = nn.Conv1d(width, width, 1, bias=False)
+        self.decoder = nn.ConvTranspose1d(width, 1, c.kernel, c.kernel // 2, bias=False)
+
+    def forward(self, mixture: torch.Tensor) -> torch.Tensor:
+        length, hop = mixture.shape[-1], self.config.kernel // 2
+        missing = max(self.config.kernel - length, 0) + -max(length, self.config.kernel) % hop
+        encoded = torch.relu(self.encoder(F.pad(mixture, (0, missing))[:, None]))  # [B, C, L]
+        x = self._mask(encoded) * encoded[:, None]
+        x = self.decoder(x.flatten(0, 1)).view(len(mixture), self.config.n_speakers, -1)
+        return x[..., :length]
+
+    def _mask(self, encoded: torch.Tensor) -> torch.Tensor:
+        """[B, C, L] -> [B, S, C, L]"""
+        batch, width, length = encoded.shape
+        chunk, half = self.config.chunk, self.config.chunk // 2
+        # Half a chunk before and after, so that every frame lies in two chunks, and what fills the last one.
+        gap = chunk - (half + length) % chunk
+        x = F.pad(self.bottleneck(self.norm(encoded)), (half, half + gap))
+        padded = x.shape[-1]
+        x = self.split(self.blocks(x.unfold(-1, chunk, half)))  # [B, S * C, chunks, chunk]
+        x = x.reshape(batch * self.config.n_speakers, width, -1, chunk)  # the speakers join the batch
+        # The chunks are added where they overlap.
+        x = x.transpose(2, 3).flatten(1, 2)
+        x = F.fold(x, (1, padded), (1, chunk), stride=(1, half))[:, :, 0, half : half + length]
+        x = torch.relu(self.expand(self.gate_value(x) * self.gate(x)))
+        return x.view(batch, self.config.n_speakers, width, length)
+
+
+SEPARATORS = {"codecformer": (Codecformer, CodecformerConfig), "sepformer": (Sepformer, SepformerConfig)}
+
+
+def estimate_latents(predict_masks, codec, mixture, quantize_before: bool = False, quantize_after: bool = False):
+    """Mixtures at the codec's level [B, T] -> Codecformer's estimates as latents [B, S, D, F].
 
     The two switches are the paper's "RVQ before/after": whether the separator sees quantised latents, and
     whether its estimates are quantised. No gradient reaches the encoder.
@@ -147,15 +244,30 @@ def estimate_latents(model, codec, mixture, quantize_before: bool = False, quant
         latents = codec.encode(mixture)
         if quantize_before:
             latents = codec.quantize(latents)
-    estimates = model(latents).float() * latents[:, None]
-    if quantize_after:
-        estimates = codec.quantize(estimates.flatten(0, 1)).unflatten(0, estimates.shape[:2])
-    return estimates
+    estimates = predict_masks(latents).float() * latents[:, None]
+    return codec.quantize(estimates) if quantize_after else estimates
 
 
-def separate(model, codec, mixture, quantize_before: bool = False, quantize_after: bool = False):
-    """Mixtures [B, T] of any level -> waveforms of their speakers [B, S, T] at that level."""
+def separate(model, codec, mixture, quantize_before: bool = False, quantize_after: bool = False, situation="clean"):
+    """Mixtures [B, T] of any level -> waveforms of their speakers [B, S, T] at that level.
+
+    situation: where the separator stands in a call that travels as codec latents.
+        clean        before the codec: it hears the mixture itself.
+        transmitted  behind it: it hears the waveform that the receiver decoded, quantised or not as `quantize_before`
+                     says. Codecformer encodes that again.
+        latents      on the way, latents in and latents out: Codecformer works on them as they are, Sepformer decodes
+                     them first and encodes its estimates again.
+    `quantize_after`: the estimates travel on through the RVQ. In the "clean" situation, Codecformer's own encoder and
+    decoder being all the codec there is, `quantize_before` quantises the latents between them and leaves Sepformer alone.
+    """
+    waveforms = isinstance(model, Sepformer)
+    if situation == "transmitted" or (situation == "latents" and waveforms):
+        mixture = codec.transmit(mixture, quantize_before)
+    if waveforms:
+        estimates = model(mixture)
+        return codec.transmit(estimates, quantize_after) if quantize_after or situation == "latents" else estimates
     gain = codec.gain(mixture)
-    latents = estimate_latents(model, codec, mixture * gain, quantize_before, quantize_after)
-    wav = codec.decode(latents.flatten(0, 1), mixture.shape[-1]).unflatten(0, latents.shape[:2])
-    return wav / gain[:, None]
+    latents = estimate_latents(
+        model, codec, mixture * gain, quantize_before and situation != "transmitted", quantize_after
+    )
+    return codec.decode(latents, mixture.shape[-1]) / gain[:, None]

@@ -1,8 +1,8 @@
 """The neural audio codec: a frozen Descript Audio Codec (DAC) that is exact in time, length and level.
 
     codec = Codec.load("bundled", sample_rate=8000)      # or dac_16khz, dac_24khz, dac_44khz, a path
-    latents = codec.encode(wav)                          # [B, T] -> [B, D, F]
-    wav = codec.decode(codec.quantize(latents), length)  # [B, D, F] -> [B, length]
+    latents = codec.encode(wav)                          # [..., T] -> [..., D, F]
+    wav = codec.decode(codec.quantize(latents), length)  # [..., D, F] -> [..., length]
 
 What is unusual:
 - DAC returns fewer samples than it was given where a stride is odd, and trained weights can shift the signal
@@ -151,7 +151,7 @@ def measure_lag(reference: torch.Tensor, delayed: torch.Tensor, reach: int) -> t
 
 
 class Codec:
-    """A frozen DAC between waveforms [B, T] at `sample_rate` and latents [B, D, F].
+    """A frozen DAC between waveforms [..., T] at `sample_rate` and latents [..., D, F], whatever is in front.
 
     Facts: sample_rate (of the data), codec_rate (its own), frame_rate (latents per second), latent_dim (D),
     n_codebooks, bitrate (bits per second, all codebooks), lag (samples at codec_rate by which the bare model is
@@ -206,7 +206,7 @@ class Codec:
         return lag
 
     def gain(self, wav: torch.Tensor) -> torch.Tensor:
-        """The factor that brings each signal to the level that codecs are fed at; [B, T] -> [B, 1].
+        """The factor that brings each signal to the level that codecs are fed at; [..., T] -> [..., 1].
 
         Silence gets 1.
         """
@@ -214,31 +214,35 @@ class Codec:
         return torch.where(rms > 1e-8, LEVEL / rms.clamp(min=1e-8), torch.ones_like(rms))
 
     def encode(self, wav: torch.Tensor) -> torch.Tensor:
-        """[B, T] at `sample_rate` -> continuous latents [B, D, F] with F = ceil of T in hops. Any T >= 1."""
-        if wav.ndim != 2 or wav.shape[-1] < 1:
+        """[..., T] at `sample_rate` -> continuous latents [..., D, F] with F = ceil of T in hops. Any T >= 1."""
+        if wav.ndim < 2 or wav.shape[-1] < 1:
             raise ValueError(f"expected waveforms [batch, samples], got {list(wav.shape)}")
-        return self._encode(self._resample(wav, self.sample_rate, self.codec_rate))
+        latents = self._encode(self._resample(wav.flatten(0, -2), self.sample_rate, self.codec_rate))
+        return latents.unflatten(0, wav.shape[:-1])
 
     def quantize(self, latents: torch.Tensor, n_codebooks: int | None = None) -> torch.Tensor:
-        """Latents [B, D, F] through the RVQ and back, with its first `n_codebooks` (all by default).
+        """Latents [..., D, F] through the RVQ and back, with its first `n_codebooks` (all by default).
 
         Gradients pass straight through. Raises ValueError for a number of codebooks the codec doesn't have.
         """
         n_codebooks = self.n_codebooks if n_codebooks is None else n_codebooks
         if not 1 <= n_codebooks <= self.n_codebooks:
             raise ValueError(f"{n_codebooks} codebooks asked for, the codec has 1 to {self.n_codebooks}")
-        return self.dac.quantizer(latents, n_codebooks)[0]
+        return self.dac.quantizer(latents.flatten(0, -3), n_codebooks)[0].view_as(latents)
 
     def decode(self, latents: torch.Tensor, length: int) -> torch.Tensor:
-        """Latents [B, D, F] -> [B, length] at `sample_rate`, in time with what was encoded; differentiable."""
-        wav = self._decode(latents, math.ceil(length * self.codec_rate / self.sample_rate))
+        """Latents [..., D, F] -> [..., length] at `sample_rate`, in time with what was encoded; differentiable."""
+        wav = self._decode(latents.flatten(0, -3), math.ceil(length * self.codec_rate / self.sample_rate))
         wav = self._resample(wav, self.codec_rate, self.sample_rate)
-        return F.pad(wav, (0, length - wav.shape[-1]))
+        return F.pad(wav, (0, length - wav.shape[-1])).unflatten(0, latents.shape[:-2])
 
-    def transmit(self, wav: torch.Tensor, n_codebooks: int | None = None) -> torch.Tensor:
-        """What a receiver hears: brought to level, encoded, quantised, decoded, level undone; [B, T] -> [B, T]."""
+    def transmit(self, wav: torch.Tensor, quantize: bool = True, n_codebooks: int | None = None) -> torch.Tensor:
+        """What a receiver hears: brought to level, encoded, quantised, decoded, level undone; [..., T] -> [..., T]."""
         gain = self.gain(wav)
-        return self.decode(self.quantize(self.encode(wav * gain), n_codebooks), wav.shape[-1]) / gain
+        latents = self.encode(wav * gain)
+        if quantize:
+            latents = self.quantize(latents, n_codebooks)
+        return self.decode(latents, wav.shape[-1]) / gain
 
     def _resample(self, wav: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
         if from_rate == to_rate:

@@ -104,10 +104,8 @@ def separate_mixture(model, codec, checkpoint, item) -> tuple[dict, np.ndarray]:
     before, after = checkpoint["quantize_before"], checkpoint["quantize_after"]
     estimates = separate(model, codec, mixture, before, after)
     _, assignment = pit(pairwise_negative_si_sdr(estimates, sources[None]))
-    transmitted = ceiling = codec.transmit(sources)
-    if not (before or after):
-        gain = codec.gain(sources)
-        ceiling = codec.decode(codec.encode(sources * gain), sources.shape[-1]) / gain
+    transmitted = codec.transmit(sources)
+    ceiling = codec.transmit(sources, quantize=before or after)
     signals = {
         "mixture": mixture.expand_as(sources),
         "ceiling": ceiling,

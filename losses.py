@@ -2,11 +2,12 @@
 
 Each training loss has the same signature, so that a new one is one function and one line in LOSSES:
 
-    loss(codec, latents, sources, gain) -> pairwise [B, S, S]
+    loss(codec, estimates, sources) -> pairwise [B, S, S]
 
-with `latents` [B, S, D, F] the separator's estimates, `sources` [B, S, T] the clean sources and `gain`
-[B, 1, 1] the factor that brought the mixture to the codec's level. Entry (b, i, j) says how badly estimate i
-fits source j, in dB, lower is better; `pit` then picks the permutation.
+with `estimates` the waveforms [B, S, T] that the separator arrives at, or their latents [B, S, D, F] for the losses
+in ON_LATENTS, and `sources` [B, S, T] the clean sources at the gain that brought their mixture to the codec's level, so
+that their latents are what a mask on the mixture's latents can reach. Entry (b, i, j) says how badly estimate i fits
+source j, in dB, lower is better; `pit` then picks the permutation.
 
 SI-SDR is Le Roux et al., 2019, https://arxiv.org/abs/1811.02508; cSI-SDR is the
 Codecformer paper's, https://arxiv.org/abs/2406.12434; the embedding loss follows Codecformer-EL,
@@ -71,34 +72,26 @@ def pairwise_negative_si_sdr(estimates: torch.Tensor, sources: torch.Tensor) -> 
     return -si_sdr(estimates[:, :, None], sources[:, None])
 
 
-def decode_sources(codec, latents: torch.Tensor, length: int) -> torch.Tensor:
-    """Latents of several speakers [B, S, D, F] -> waveforms [B, S, length]."""
-    return codec.decode(latents.flatten(0, 1), length).unflatten(0, latents.shape[:2])
+def si_sdr_loss(codec, estimates, sources):
+    """Negative SI-SDR against the clean sources."""
+    return pairwise_negative_si_sdr(estimates, sources)
 
 
-def si_sdr_loss(codec, latents, sources, gain):
-    """Negative SI-SDR of the decoded estimates against the clean sources."""
-    return pairwise_negative_si_sdr(decode_sources(codec, latents, sources.shape[-1]), sources)
-
-
-def csi_sdr_loss(codec, latents, sources, gain):
+def csi_sdr_loss(codec, estimates, sources):
     """Negative codec SI-SDR: against the sources as the codec itself would have transmitted them."""
     with torch.no_grad():
-        transmitted = codec.transmit(sources.flatten(0, 1)).view_as(sources)
-    return pairwise_negative_si_sdr(decode_sources(codec, latents, sources.shape[-1]), transmitted)
+        transmitted = codec.transmit(sources)
+    return pairwise_negative_si_sdr(estimates, transmitted)
 
 
-def embedding_loss(codec, latents, sources, gain):
-    """Squared error between latents relative to the source's, in dB; nothing is decoded.
-
-    The sources are encoded at the mixture's gain, so that their latents are what a mask on the mixture's
-    latents can reach.
-    """
+def embedding_loss(codec, latents, sources):
+    """Squared error between latents relative to the source's, in dB; nothing is decoded."""
     with torch.no_grad():
-        targets = codec.encode((gain * sources).flatten(0, 1)).unflatten(0, sources.shape[:2])
+        targets = codec.encode(sources)
     error = (latents[:, :, None] - targets[:, None]).square().mean((-1, -2))
     power = targets.square().mean((-1, -2))[:, None]
     return 10 * torch.log10((error + EPS) / (power + EPS))
 
 
 LOSSES = {"si_sdr": si_sdr_loss, "csi_sdr": csi_sdr_loss, "embedding": embedding_loss}
+ON_LATENTS = {"embedding"}  # the losses whose estimates are latents, not decoded

@@ -1,4 +1,4 @@
-"""Trains Codecformer: the explicit loop, on one process or several.
+"""Trains a separator: the explicit loop, on one process or several.
 
     python train.py                              the bundled speech and codec, about 10 minutes on 2 CPU cores
     python train.py @config/wsj0_2mix.txt        the paper's run
@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +36,10 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from codecformer import ACTIVATIONS, Codecformer, CodecformerConfig, estimate_latents, separate
+from codecformer import ACTIVATIONS, SEPARATORS, estimate_latents, separate
 from dac_wrapper import ASSETS, Codec, CodecError, first_line
 from data import DataError, FixedMixtures, Parser, SpeakerMixtures, is_fixed_set
-from losses import LOSSES, keep_hard, pairwise_negative_si_sdr, pit, si_sdr
+from losses import LOSSES, ON_LATENTS, keep_hard, pairwise_negative_si_sdr, pit, si_sdr
 
 
 class SettingsError(ValueError):
@@ -63,12 +63,13 @@ def parse_args(argv=None):
     add("--valid_size", type=int, default=40, help="validation mixtures drawn from a folder of speakers")
     add("--workers", type=int, default=1, help="processes that make mixtures")
     # model; the defaults are the small one, config/wsj0_2mix.txt has the paper's
+    add("--model", choices=list(SEPARATORS), default="codecformer")
     add("--d_model", type=int, default=192)
     add("--n_layers", type=int, default=6)
     add("--n_heads", type=int, default=6)
     add("--d_ffn", type=int, default=768)
     add("--dropout", type=float, default=0.0)
-    add("--activation", choices=list(ACTIVATIONS), default="snake", help="of the masks")
+    add("--activation", choices=list(ACTIVATIONS), default="snake", help="of Codecformer's masks")
     add("--init", help="checkpoint whose separator to start from")
     # codec
     add("--codec", default="bundled", help="bundled, dac_16khz, dac_24khz, dac_44khz or a DAC weights file")
@@ -101,6 +102,8 @@ def parse_args(argv=None):
         parser.error(f"--seconds is {args.seconds}, it must be at least 0.1")
     if args.workers < 0 or args.seed < 0:
         parser.error("--workers and --seed can't be negative")
+    if args.model == "sepformer" and (args.loss in ON_LATENTS or args.quantize_before or args.quantize_after):
+        parser.error(f"sepformer has no latents: train it without --quantize_* and --loss {', '.join(ON_LATENTS)}")
     return args
 
 
@@ -147,12 +150,18 @@ def epoch_batches(dataset, args, epoch: int, rank: int, world: int, first_step: 
     return order[first_step:, :, rank].reshape(-1, args.batch_size).tolist()
 
 
-def separation_loss(model, codec, batch, args, device) -> torch.Tensor:
+def separation_loss(predict, codec, batch, args, device) -> torch.Tensor:
     """The losses of the mixtures of a batch that are not separated well already, in dB [<= B]."""
     mixture, sources = batch["mixture"].to(device), batch["sources"].to(device)
     gain = codec.gain(mixture)
-    estimates = estimate_latents(model, codec, mixture * gain, args.quantize_before, args.quantize_after)
-    loss, _ = pit(LOSSES[args.loss](codec, estimates, sources, gain[:, None]))
+    mixture, sources = mixture * gain, sources * gain[:, None]
+    if args.model == "sepformer":
+        estimates = predict(mixture).float()
+    else:
+        estimates = estimate_latents(predict, codec, mixture, args.quantize_before, args.quantize_after)
+        if args.loss not in ON_LATENTS:
+            estimates = codec.decode(estimates, mixture.shape[-1])
+    loss, _ = pit(LOSSES[args.loss](codec, estimates, sources))
     return keep_hard(loss, args.threshold)
 
 
@@ -208,6 +217,7 @@ def load_checkpoint(path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["config"], checkpoint["model"], checkpoint["codec"]["name"]
+        checkpoint.setdefault("separator", "codecformer")  # the bundled one is older than the choice
     except FileNotFoundError:
         raise SettingsError(f"no checkpoint {path}: train one with train.py or give another path") from None
     except Exception as error:  # torch.load raises half a dozen types on a file that is not one of ours
@@ -225,31 +235,58 @@ def check_codec(checkpoint: dict, path, codec: Codec) -> None:
         )
 
 
-def restore_model(checkpoint: dict, path) -> Codecformer:
+def restore_model(checkpoint: dict, path) -> torch.nn.Module:
     """The separator of a checkpoint. Raises SettingsError if its weights don't fit its own config."""
     try:
-        model = Codecformer(CodecformerConfig(**checkpoint["config"]))
+        separator, config = SEPARATORS[checkpoint["separator"]]
+        model = separator(config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, ValueError):
+    except (KeyError, RuntimeError, TypeError, ValueError):
         raise SettingsError(
             f"the weights in {path} don't fit its config: it is damaged or from another version"
         ) from None
     return model
 
 
-def train(args) -> None:
-    rank, world, device = setup_process()
-    torch.manual_seed(args.seed)
-    out = Path(args.out)
-    if args.resume and not (out / "last.pt").exists():
+def build_model(args, codec: Codec) -> torch.nn.Module:
+    """The separator that the flags describe, untrained. Raises SettingsError if they don't fit together."""
+    separator, config = SEPARATORS[args.model]
+    settings = {**vars(args), "latent_dim": codec.latent_dim}
+    try:
+        return separator(config(**{f.name: settings[f.name] for f in fields(config) if f.name in settings}))
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+def start_from(args, out: Path) -> Path | None:
+    """The checkpoint that a run starts from, if any; makes the run's folder. Raises SettingsError."""
+    last = out / "last.pt"
+    if args.resume and not last.exists():
         raise SettingsError(f"nothing to resume in {out}: it holds no last.pt (see --out)")
-    if not args.resume and (out / "last.pt").exists():
+    if not args.resume and last.exists():
         raise SettingsError(f"{out} holds a run already: go on with it by --resume, or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"can't write to {out} ({error.strerror}): choose another --out") from None
+    return last if args.resume else args.init
 
+
+def make_scheduler(optimizer, args, updates: int):
+    """Stepped once an epoch by validation SI-SDRi (plateau), or after every one of the `updates` an epoch (cosine)."""
+    if args.schedule == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=args.patience)
+    warmup, last = 100, args.epochs * updates
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warmup, 1) * (0.01 + 0.495 * (1 + math.cos(math.pi * min(s / last, 1))))
+    )
+
+
+def train(args) -> None:
+    rank, world, device = setup_process()
+    torch.manual_seed(args.seed)
+    out = Path(args.out)
+    start = start_from(args, out)
     dataset = open_mixtures(args.data, args, args.epoch_size, args.seed, train=True)
     valid = open_mixtures(args.valid, args, args.valid_size, args.seed + 1, train=False)
     updates = len(dataset) // (world * args.accumulate * args.batch_size)
@@ -257,38 +294,27 @@ def train(args) -> None:
         raise SettingsError(f"an epoch of {len(dataset)} mixtures is less than one update: lower --batch_size")
     codec = Codec.load(args.codec, args.sample_rate, device)
 
-    try:
-        config = CodecformerConfig(
-            latent_dim=codec.latent_dim, n_speakers=args.n_speakers, d_model=args.d_model, n_layers=args.n_layers,
-            n_heads=args.n_heads, d_ffn=args.d_ffn, dropout=args.dropout, activation=args.activation,
-        )  # fmt: skip
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
-    model = Codecformer(config)
-    start = args.resume and out / "last.pt" or args.init
+    model = build_model(args, codec)
     checkpoint = load_checkpoint(start) if start else None
     if checkpoint:
-        if checkpoint["config"] != asdict(config):
-            raise SettingsError(f"{start} was trained with another config than the flags say: {checkpoint['config']}")
+        if (checkpoint["separator"], checkpoint["config"]) != (args.model, asdict(model.config)):
+            raise SettingsError(
+                f"{start} was trained with another config than the flags say: "
+                f"{checkpoint['separator']}, {checkpoint['config']}"
+            )
         check_codec(checkpoint, start, codec)
         model = restore_model(checkpoint, start)
     model.to(device)
     ddp = DistributedDataParallel(model) if world > 1 else model
 
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    if args.schedule == "plateau":
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=args.patience)
-    else:
-        warmup, last = 100, args.epochs * updates
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda s: min((s + 1) / warmup, 1) * (0.01 + 0.495 * (1 + math.cos(math.pi * min(s / last, 1))))
-        )
+    scheduler = make_scheduler(optimizer, args, updates)
     half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and half is torch.float16)
 
-    def predict_masks(latents):  # the separator alone in mixed precision
+    def predict(x):  # the separator alone in mixed precision
         with torch.autocast(device.type, half, enabled=device.type == "cuda"):
-            return ddp(latents)
+            return ddp(x)
 
     epoch, step, best, skipped, seconds = 0, 0, -math.inf, 0, 0.0
     if args.resume:
@@ -303,7 +329,7 @@ def train(args) -> None:
 
     def state(**extra) -> dict:
         return {
-            "config": asdict(config), "sample_rate": args.sample_rate,
+            "separator": args.model, "config": asdict(model.config), "sample_rate": args.sample_rate,
             "codec": {"name": args.codec, "fingerprint": codec.fingerprint},
             "quantize_before": args.quantize_before, "quantize_after": args.quantize_after,
             "args": vars(args), "git": revision, "epoch": epoch, "step": step, "best": best, **extra,
@@ -346,7 +372,7 @@ def train(args) -> None:
                 # DDP averages over ranks, so the sum is scaled to make it the mean over the mixtures of all ranks.
                 wait = micro < args.accumulate - 1 and world > 1
                 with ddp.no_sync() if wait else contextlib.nullcontext():
-                    kept = separation_loss(predict_masks, codec, next(loader), args, device)
+                    kept = separation_loss(predict, codec, next(loader), args, device)
                     n_kept = total(len(kept), device)
                     loss = kept.sum() * world / max(n_kept, 1)
                     scaler.scale(loss / args.accumulate).backward()
