@@ -1,20 +1,25 @@
-"""Scores a checkpoint on a set of mixtures, or separates the user's own recordings.
+"""Scores checkpoints on a set of mixtures, or separates the user's own recordings.
 
     python evaluate.py                           the bundled checkpoint on the bundled test mixtures
     python evaluate.py --ckpt FILE --data DIR    another checkpoint, another set (folders mix, s1, s2)
+    python evaluate.py --situations --ckpt A B   the paper's table: A and B, each wherever it could be deployed
     python evaluate.py --mix FILE... --out DIR   two files FILE_s1.wav, FILE_s2.wav for each recording
 
 Scoring prints a table with three rows - the mixture left alone, the clean source through the codec (the ceiling:
-what this codec could reach at best) and Codecformer - and leaves in --out results.json, results.csv (a line per
-mixture), the separated files in audio/ and index.html, a listening page that opens without a server.
+what this codec could reach at best) and the separator - and leaves in --out results.json, results.csv (a line per
+row, mixture and source), the separated files in audio/ and index.html, a listening page that opens without a server.
 
-- SI-SDR is against the clean source, SI-SDRi its gain over the mixture; SDR is BSS Eval's with 512 taps.
-- cSI-SDRi is the same gain against the *transmitted* source: clean, encoded, quantised, decoded.
-- Estimates are put in the order of the sources by the best mean SI-SDR. A mixture's score is the mean over its
-  sources; the interval is 1.96 standard errors over mixtures.
+- SI-SDR is against the clean source, SI-SDRi its gain over the mixture; SDR is BSS Eval's with 512 taps. PESQ is
+  narrow band at 8 kHz, wide band at 16 kHz.
+- A c in front (cSI-SDR) means: against the *transmitted* source, clean, encoded, quantised, decoded.
+- Estimates are put in the order of the sources by the best mean SI-SDR, for each of the two references. A mixture's
+  score is the mean over its sources; the interval is 1.96 standard errors over mixtures.
+- Where estimates lag behind their reference (the median over all sources, by cross-correlation), the row is marked:
+  a shift that nobody hears ruins SI-SDR.
 """
 
 import base64
+import collections
 import csv
 import html
 import io
@@ -32,16 +37,21 @@ import soundfile as sf
 import torch
 from tqdm import tqdm
 
-from codecformer import separate
-from dac_wrapper import ASSETS, Codec, CodecError
+from codecformer import Sepformer, separate
+from dac_wrapper import ASSETS, Codec, CodecError, measure_lag
 from data import DataError, FixedMixtures, Parser, read_audio, resample
 from losses import pairwise_negative_si_sdr, pit, reorder, si_sdr
 from train import SettingsError, check_codec, git_revision, load_checkpoint, restore_model, setup_process
 
-METRICS = {
-    "si_sdr": "SI-SDR", "si_sdr_i": "SI-SDRi", "csi_sdr_i": "cSI-SDRi", "sdr_i": "SDRi", "pesq": "PESQ", "stoi": "STOI",
-}  # fmt: skip
-ROWS = {"mixture": "mixture, untouched", "ceiling": "clean source through the codec", "codecformer": "Codecformer"}
+TITLES = {"si_sdr": "SI-SDR", "si_sdr_i": "SI-SDRi", "sdr": "SDR", "sdr_i": "SDRi", "pesq": "PESQ", "stoi": "STOI"}
+COLUMNS = ["si_sdr", "si_sdr_i", "csi_sdr_i", "sdr_i", "pesq", "stoi"]
+SITUATION_COLUMNS = [
+    f"{reference}{metric}" for reference in ("", "c") for metric in ("si_sdr_i", "sdr_i", "pesq", "stoi")
+]
+# Where the separator stands (see `separate`), and whether the RVQ lies before and after it.
+SITUATIONS = [("clean", 0, 0), ("transmitted", 1, 0), ("transmitted", 1, 1)] + [
+    ("latents", before, after) for before in (0, 1) for after in (0, 1)
+]
 N_LISTEN = 8  # mixtures on the listening page, evenly spaced through the set
 
 
@@ -56,44 +66,53 @@ def load_separator(ckpt, device, codec_name=None):
     return restore_model(checkpoint, ckpt).to(device).eval(), codec, checkpoint
 
 
-def score(estimates, sources, mixture, transmitted, rate: int) -> dict:
-    """All metrics of one set of estimates [S, T], each the mean over the sources; [T] mixture, [S, T] the others.
-
-    PESQ is narrow band at 8 kHz and wide band at 16 kHz; it is NaN at other rates and where it finds no speech.
-    """
+def pesq_or_nan(source: np.ndarray, estimate: np.ndarray, rate: int) -> float:
+    """PESQ of [T]; NaN at rates it isn't made for and where it finds no speech."""
     from pesq import NoUtterancesError, pesq
+
+    try:
+        return pesq(rate, source, estimate, "wb" if rate == 16000 else "nb") if rate in (8000, 16000) else np.nan
+    except NoUtterancesError:
+        return np.nan
+
+
+def score(metric: str, estimates: np.ndarray, references: np.ndarray, rate: int) -> np.ndarray:
+    """One of si_sdr, sdr (dB), pesq, stoi, lag (samples) of estimates [S, T] against references [S, T]; [S]."""
     from pystoi import stoi
     from torchmetrics.functional.audio import signal_distortion_ratio
 
-    estimates, sources, mixture, transmitted = map(torch.as_tensor, (estimates, sources, mixture, transmitted))
-    mixtures = mixture.expand_as(sources)
-
-    def sdr(signals):
-        return signal_distortion_ratio(signals.double(), sources.double(), filter_length=512).mean().item()
-
-    def perceptual(source, estimate):
-        try:
-            return pesq(rate, source, estimate, "wb" if rate == 16000 else "nb")
-        except NoUtterancesError:
-            return float("nan")
-
-    pairs = [(s.numpy(), e.numpy()) for s, e in zip(sources, estimates)]
-    reached, reached_sdr = si_sdr(estimates, sources).mean().item(), sdr(estimates)
-    return {
-        "si_sdr": reached,
-        "si_sdr_i": reached - si_sdr(mixtures, sources).mean().item(),
-        "csi_sdr_i": (si_sdr(estimates, transmitted) - si_sdr(mixtures, transmitted)).mean().item(),
-        "sdr": reached_sdr,
-        "sdr_i": reached_sdr - sdr(mixtures),
-        "pesq": float(np.mean([perceptual(*p) for p in pairs])) if rate in (8000, 16000) else float("nan"),
-        "stoi": float(np.mean([stoi(s, e, rate) for s, e in pairs])),
-    }
+    pair = torch.from_numpy(estimates), torch.from_numpy(references)
+    if metric == "si_sdr":
+        return si_sdr(*pair).numpy()
+    if metric == "sdr":
+        return signal_distortion_ratio(pair[0].double(), pair[1].double(), filter_length=512).numpy()
+    if metric == "lag":  # within 20 ms
+        return np.array([measure_lag(reference, estimate, rate // 50)[0] for estimate, reference in zip(*pair)])
+    measure = {"pesq": pesq_or_nan, "stoi": stoi}[metric]
+    return np.array([measure(reference, estimate, rate) for estimate, reference in zip(estimates, references)])
 
 
-def score_rows(signals: dict, sources, mixture, transmitted, rate: int) -> dict:
-    """One `score` for each row of the table; runs in a process of its own."""
+def score_rows(signals: dict, mixture, references: dict, columns: list[str], rate: int) -> dict:
+    """The scores of every row's estimates [S, T]: {row: {column: [S]}}; runs in a process of its own.
+
+    references: {"": clean sources [S, T], "c": transmitted ones}. The rows' lags are always among their scores.
+    """
     torch.set_num_threads(1)
-    return {row: score(estimates, sources, mixture, transmitted, rate) for row, estimates in signals.items()}
+    rows = {row: {} for row in signals}
+    for prefix, reference in references.items():
+        mine = [c.removeprefix(prefix) for c in columns if (c[0] == "c") == bool(prefix)] + ["lag"] * (not prefix)
+        before = {
+            gain: score(gain.removesuffix("_i"), np.broadcast_to(mixture, reference.shape).copy(), reference, rate)
+            for gain in mine
+            if gain.endswith("_i")
+        }
+        for row, estimates in signals.items():
+            pairwise = pairwise_negative_si_sdr(torch.from_numpy(estimates)[None], torch.from_numpy(reference)[None])
+            ordered = estimates[pit(pairwise)[1][0].numpy()]
+            for metric in mine:
+                value = score(metric.removesuffix("_i"), ordered, reference, rate)
+                rows[row][prefix + metric] = value - before.get(metric, 0)
+    return rows
 
 
 @torch.no_grad()
@@ -104,38 +123,86 @@ def separate_mixture(model, codec, checkpoint, item) -> tuple[dict, np.ndarray]:
     before, after = checkpoint["quantize_before"], checkpoint["quantize_after"]
     estimates = separate(model, codec, mixture, before, after)
     _, assignment = pit(pairwise_negative_si_sdr(estimates, sources[None]))
-    transmitted = codec.transmit(sources)
-    ceiling = codec.transmit(sources, quantize=before or after)
     signals = {
-        "mixture": mixture.expand_as(sources),
-        "ceiling": ceiling,
-        "codecformer": reorder(estimates, assignment)[0],
+        "mixture, untouched": mixture.expand_as(sources),
+        "clean source through the codec": codec.transmit(sources, quantize=before or after),
+        type(model).__name__: reorder(estimates, assignment)[0],
     }
+    return {row: s.cpu().numpy() for row, s in signals.items()}, codec.transmit(sources).cpu().numpy()
+
+
+@torch.no_grad()
+def separate_everywhere(models: dict, codec, item) -> tuple[dict, np.ndarray]:
+    """As `separate_mixture`, with a row for every model in every one of the SITUATIONS."""
+    mixture = torch.from_numpy(item["mixture"])[None].to(codec.device)
+    sources = torch.from_numpy(item["sources"]).to(codec.device)
+    transmitted = codec.transmit(sources)
+    signals = {
+        row_title("mixture", "clean", 0, 0): mixture.expand_as(sources),
+        row_title("mixture", "transmitted", 1, 0): codec.transmit(mixture).expand_as(sources),
+        row_title("source", "transmitted", 0, 0): codec.transmit(sources, quantize=False),
+        row_title("source", "transmitted", 1, 0): transmitted,
+    }
+    for name, model in models.items():
+        for situation, before, after in SITUATIONS:
+            estimates = separate(model, codec, mixture, bool(before), bool(after), situation)
+            signals[row_title(name, situation, before, after)] = estimates[0]
     return {row: s.cpu().numpy() for row, s in signals.items()}, transmitted.cpu().numpy()
 
 
+def row_title(name: str, situation: str, before: int, after: int) -> str:
+    rvq = " + ".join(["before"] * before + ["after"] * after) or "-"
+    return f"{name:<28}{situation:<13}{rvq:<15}"
+
+
+def score_set(dataset, separate_item, columns: list[str], rate: int, keep) -> list[dict]:
+    """Separates every mixture here, scores it in other processes: a dictionary as `score_rows` returns for each.
+
+    separate_item: item -> ({row: estimates [S, T]}, transmitted sources [S, T]); keep(index, item, signals) is
+    called for each.
+    """
+    scores, pending = [], collections.deque()
+    # Spawned, not forked: a fork of a process that runs torch's threads can hang.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for index in tqdm(range(len(dataset)), desc="scoring", unit="mixture"):
+            item = dataset[index]
+            signals, transmitted = separate_item(item)
+            references = {"": item["sources"], "c": transmitted}
+            pending.append(pool.submit(score_rows, signals, item["mixture"], references, columns, rate))
+            keep(index, item, signals)
+            if len(pending) > 4 * os.cpu_count():  # so that waiting signals don't fill the memory
+                scores.append(pending.popleft().result())
+        return scores + [future.result() for future in pending]
+
+
 def summarise(scores: list[dict]) -> dict:
-    """Mean and half-width of the 95 % interval over mixtures, per row and metric; unscored mixtures are left out."""
+    """Per row and column mean and half-width of the 95 % interval over mixtures (those with a score), and the lag."""
     rows = {}
-    for row in ROWS:
-        rows[row] = {}
-        for metric in METRICS:
-            values = np.array([s[row][metric] for s in scores])
+    for row in scores[0]:
+        lag = np.median(np.concatenate([s[row]["lag"] for s in scores]))
+        rows[row] = {"lag": {"median_samples": float(lag)}}
+        for column in scores[0][row].keys() - {"lag"}:
+            values = np.array([s[row][column].mean() for s in scores])
             values = values[np.isfinite(values)]
             mean = float(values.mean()) if len(values) else float("nan")
             ci95 = float(1.96 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-            rows[row][metric] = {"mean": mean, "ci95": ci95}
+            rows[row][column] = {"mean": mean, "ci95": ci95}
     return rows
 
 
-def format_table(rows: dict) -> str:
-    def cell(metric, value):
-        digits = 2 if metric in ("pesq", "stoi") else 1
-        return f"{value['mean']:.{digits}f} ±{value['ci95']:.{digits}f}".rjust(13)
+def format_table(rows: dict, columns: list[str], interval: bool = True) -> str:
+    def cell(column, value):
+        digits = 2 if column.endswith(("pesq", "stoi")) else 1
+        text = f"{value['mean']:.{digits}f}" + f" ±{value['ci95']:.{digits}f}" * interval
+        return text.rjust(13 if interval else 9)
 
-    lines = [" " * 32 + "".join(title.rjust(13) for title in METRICS.values())]
-    for row, title in ROWS.items():
-        lines.append(title.ljust(32) + "".join(cell(m, rows[row][m]) for m in METRICS))
+    titles = [("c" if c[0] == "c" else "") + TITLES[c.removeprefix("c")] for c in columns]
+    indent = max(32, *map(len, rows))
+    lines = [" " * indent + "".join(title.rjust(13 if interval else 9) for title in titles)]
+    for row, values in rows.items():
+        lag = values["lag"]["median_samples"]
+        mark = f"  shifted by {lag:+.0f} samples: SI-SDR and SDR are spoilt" if lag else ""
+        lines.append(row.ljust(indent) + "".join(cell(c, values[c]) for c in columns) + mark)
     return "\n".join(lines)
 
 
@@ -172,7 +239,7 @@ def listening_page(examples: list[dict], table: str, title: str) -> str:
         for k, (source, estimate) in enumerate(zip(example["sources"], example["estimates"])):
             columns.append(figure(f"reference {k + 1}", source, example["rate"]))
             columns.append(figure(f"estimate {k + 1}", estimate, example["rate"]))
-        gain = example["scores"]["codecformer"]["si_sdr_i"]
+        gain = example["si_sdr_i"]
         sections.append(
             f"<h2>{html.escape(example['name'])}: SI-SDRi {gain:+.1f} dB</h2><section>{''.join(columns)}</section>"
         )
@@ -198,68 +265,115 @@ mixtures.</p>
 """
 
 
-def evaluate(args, command: str) -> None:
-    _, _, device = setup_process()
-    model, codec, checkpoint = load_separator(args.ckpt, device, args.codec)
+def open_set(args, codec, n_speakers: int) -> FixedMixtures:
     dataset = FixedMixtures(args.data, codec.sample_rate)
-    if dataset.n_speakers != model.config.n_speakers:
-        raise SettingsError(
-            f"{args.data} mixes {dataset.n_speakers} speakers, {args.ckpt} separates {model.config.n_speakers}"
-        )
-    out = Path(args.out or "results")
-    make_folder(out / "audio")
-    rate, names, scores, examples, transmission = codec.sample_rate, [], [], [], []
-    listen = set(np.linspace(0, len(dataset) - 1, min(N_LISTEN, len(dataset))).astype(int).tolist())
-    # Spawned, not forked: a fork of a process that runs torch's threads can hang.
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        pending = []
-        for index in tqdm(range(len(dataset)), desc="separating", unit="mixture"):
-            item = dataset[index]
-            signals, transmitted = separate_mixture(model, codec, checkpoint, item)
-            pending.append(pool.submit(score_rows, signals, item["sources"], item["mixture"], transmitted, rate))
-            names.append(item["name"])
-            transmission.append(si_sdr(torch.from_numpy(transmitted), torch.from_numpy(item["sources"])).mean().item())
-            for k, estimate in enumerate(signals["codecformer"]):
-                write_audio(out / "audio" / f"{item['name']}_s{k + 1}.wav", estimate, rate)
-            if index in listen:
-                examples.append({**item, "index": index, "rate": rate, "estimates": signals["codecformer"]})
-        for future in tqdm(pending, desc="scoring", unit="mixture"):
-            scores.append(future.result())
-    for example in examples:
-        example["scores"] = scores[example["index"]]
+    if dataset.n_speakers != n_speakers:
+        raise SettingsError(f"{args.data} mixes {dataset.n_speakers} speakers, the separator has {n_speakers} outputs")
+    return dataset
 
-    rows = summarise(scores)
-    table = format_table(rows)
+
+def write_results(out: Path, rows: dict, dataset, scores: list[dict], codec, checkpoints: dict, command: str) -> None:
+    """results.json: means and where they come from; results.csv: every score."""
+    facts = ("separator", "config", "codec", "quantize_before", "quantize_after", "git", "args", "step")
     results = {
-        "rows": rows,
+        "rows": {" ".join(row.split()): values for row, values in rows.items()},
         "n_mixtures": len(scores),
         "n_speakers": dataset.n_speakers,
         "command": command,
-        "checkpoint": {k: checkpoint[k] for k in ("config", "codec", "quantize_before", "quantize_after", "git")},
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "checkpoints": {path: {k: c[k] for k in facts} for path, c in checkpoints.items()},
         "codec": {k: getattr(codec, k) for k in ("name", "sample_rate", "codec_rate", "frame_rate", "bitrate", "lag")},
-        "transmitted_si_sdr": float(np.mean(transmission)),
-        "data": os.path.relpath(args.data),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device.type}, torch {torch.__version__}",
+        "data": os.path.relpath(dataset.root),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {codec.device.type}, torch {torch.__version__}",
         "git": git_revision(),
     }
     results = json.loads(json.dumps(results), parse_constant=lambda nan: None)  # JSON has no NaN
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     with open(out / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["mixture"] + [f"{row}_{metric}" for row in ROWS for metric in METRICS])
-        for name, s in zip(names, scores):
-            writer.writerow([name] + [f"{s[row][metric]:.4f}" for row in ROWS for metric in METRICS])
-    title = f"Codecformer on {Path(args.data).name}"
-    (out / "index.html").write_text(listening_page(examples, table, title), encoding="utf-8")
-    data, ckpt = os.path.relpath(args.data), os.path.relpath(args.ckpt)
-    print(f"\n{len(scores)} mixtures of {dataset.n_speakers} speakers from {data}, checkpoint {ckpt}\n")
-    print(table)
-    print(
-        f"\nAt {codec.bitrate / 1000:.1f} kbit/s the codec transmits these sources with {np.mean(transmission):.1f} dB SI-SDR."
-        f" Its lag of {codec.lag} samples at {codec.codec_rate} Hz is removed."
-    )
+        columns = list(next(iter(scores[0].values())))
+        writer.writerow(["row", "mixture", "source", *columns])
+        for path, mixture in zip(dataset.files, scores):
+            for row, values in mixture.items():
+                for source in range(dataset.n_speakers):
+                    line = [f"{values[column][source]:.4f}" for column in columns]
+                    writer.writerow([" ".join(row.split()), path.stem, source + 1, *line])
+
+
+def evaluate(args, command: str) -> None:
+    _, _, device = setup_process()
+    ckpt = args.ckpt[0]
+    model, codec, checkpoint = load_separator(ckpt, device, args.codec)
+    dataset = open_set(args, codec, model.config.n_speakers)
+    out = Path(args.out or "results")
+    make_folder(out / "audio")
+    rate, examples = codec.sample_rate, {}
+    listen = set(np.linspace(0, len(dataset) - 1, min(N_LISTEN, len(dataset))).astype(int).tolist())
+
+    def keep(index, item, signals):
+        *_, estimates = signals.values()
+        for k, estimate in enumerate(estimates):
+            write_audio(out / "audio" / f"{item['name']}_s{k + 1}.wav", estimate, rate)
+        if index in listen:
+            examples[index] = {**item, "rate": rate, "estimates": estimates}
+
+    scores = score_set(dataset, lambda item: separate_mixture(model, codec, checkpoint, item), COLUMNS, rate, keep)
+    rows = summarise(scores)
+    *_, separator = rows
+    for index, example in examples.items():
+        example["si_sdr_i"] = scores[index][separator]["si_sdr_i"].mean()
+    table = format_table(rows, COLUMNS)
+    write_results(out, rows, dataset, scores, codec, {ckpt: checkpoint}, command)
+    page = listening_page(list(examples.values()), table, f"{separator} on {Path(args.data).name}")
+    (out / "index.html").write_text(page, encoding="utf-8")
+    data, ckpt = os.path.relpath(args.data), os.path.relpath(ckpt)
+    print(f"\n{len(scores)} mixtures of {dataset.n_speakers} speakers from {data}, checkpoint {ckpt}\n\n{table}")
+    print(f"\nThe codec's lag of {codec.lag} samples at {codec.codec_rate} Hz is removed.")
     print(f"listen: {(out / 'index.html').resolve().as_uri()}")
+
+
+def evaluate_situations(args, command: str) -> None:
+    """The paper's table: every checkpoint in every situation, against clean and transmitted sources."""
+    _, _, device = setup_process()
+    checkpoints = {path: load_checkpoint(path) for path in args.ckpt}
+    first = next(iter(checkpoints.values()))
+    name = (
+        args.codec or next((c for c in checkpoints.values() if c["separator"] == "codecformer"), first)["codec"]["name"]
+    )
+    codec = Codec.load(name, first["sample_rate"], device)
+    models = {}
+    for path, checkpoint in checkpoints.items():
+        model = restore_model(checkpoint, path).to(device).eval()
+        if not isinstance(model, Sepformer):  # that one works behind any codec
+            check_codec(checkpoint, path, codec)
+        if checkpoint["sample_rate"] != codec.sample_rate:
+            raise SettingsError(
+                f"{path} works at {checkpoint['sample_rate']} Hz, {args.ckpt[0]} at {codec.sample_rate}"
+            )
+        title = type(model).__name__
+        models[title if title not in models else f"{title} {len(models) + 1}"] = model
+    dataset = open_set(args, codec, model.config.n_speakers)
+    if len({m.config.n_speakers for m in models.values()}) > 1:
+        raise SettingsError("the checkpoints separate different numbers of speakers: give --ckpt those of one set")
+    out = Path(args.out or "results_situations")
+    make_folder(out)
+    scores = score_set(
+        dataset, lambda item: separate_everywhere(models, codec, item), SITUATION_COLUMNS, codec.sample_rate,
+        lambda *_: None,
+    )  # fmt: skip
+    rows = summarise(scores)
+    write_results(out, rows, dataset, scores, codec, checkpoints, command)
+    for (title, path), checkpoint in zip(zip(models, checkpoints), checkpoints.values()):
+        print(f"{title}: {path}, trained with {checkpoint['args']['loss']}")
+    print(
+        f"{len(scores)} mixtures from {os.path.relpath(args.data)}, codec {codec.name} ({codec.bitrate / 1000:.1f} "
+        f"kbit/s quantised, lag of {codec.lag} samples removed).\n\n{row_title('separator', 'it hears', 0, 0)[:41]}RVQ"
+    )
+    print(format_table(rows, SITUATION_COLUMNS, interval=False))
+    print(
+        "\nit hears: clean = the mixture itself; transmitted = the mixture after the codec, as a waveform; latents ="
+        "\nthe mixture's latents, and answers in latents (Sepformer decodes and encodes). Reference: the clean source;"
+        "\nwith a c in front, the transmitted source. Improvements are over the clean mixture against that reference."
+    )
 
 
 def make_folder(path: Path) -> None:
@@ -299,7 +413,7 @@ def separate_file(model, codec, checkpoint, path) -> tuple[np.ndarray, int]:
 
 def separate_recordings(args) -> None:
     _, _, device = setup_process()
-    model, codec, checkpoint = load_separator(args.ckpt, device, args.codec)
+    model, codec, checkpoint = load_separator(args.ckpt[0], device, args.codec)
     out = Path(args.out or "separated")
     targets = {}
     for path in map(Path, args.mix):
@@ -317,18 +431,24 @@ def separate_recordings(args) -> None:
 
 
 def main():
-    parser = Parser(description="Scores a checkpoint, or separates recordings (--mix).")
-    parser.add_argument("--ckpt", default=str(ASSETS / "separator.pt"), help="checkpoint of train.py")
+    parser = Parser(description="Scores checkpoints, or separates recordings (--mix).")
+    parser.add_argument("--ckpt", nargs="+", default=[str(ASSETS / "separator.pt")], help="checkpoint of train.py")
     parser.add_argument("--codec", help="where the checkpoint's codec lies now, if it has moved")
     parser.add_argument("--data", default=str(ASSETS / "test_mixtures"), help="folder with mix or mix_clean, s1, s2")
+    parser.add_argument("--situations", action="store_true", help="the paper's table, for one or several --ckpt")
     parser.add_argument("--mix", nargs="+", metavar="FILE", help="recordings to separate instead")
-    parser.add_argument("--out", help="output folder (default: results, or separated with --mix)")
+    parser.add_argument("--out", help="output folder (default: results, results_situations or separated)")
     args = parser.parse_args()
+    if len(args.ckpt) > 1 and not args.situations:
+        parser.error("several --ckpt are compared with --situations")
+    command = shlex.join(["python", *sys.argv])
     try:
         if args.mix:
             separate_recordings(args)
+        elif args.situations:
+            evaluate_situations(args, command)
         else:
-            evaluate(args, shlex.join(["python", *sys.argv]))
+            evaluate(args, command)
     except (DataError, CodecError, SettingsError) as error:
         sys.exit(f"error: {error}")
 
