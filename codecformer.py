@@ -234,16 +234,14 @@ class Sepformer(nn.Module):
 SEPARATORS = {"codecformer": (Codecformer, CodecformerConfig), "sepformer": (Sepformer, SepformerConfig)}
 
 
-def estimate_latents(predict_masks, codec, mixture, quantize_before: bool = False, quantize_after: bool = False):
-    """Mixtures at the codec's level [B, T] -> Codecformer's estimates as latents [B, S, D, F].
+def estimate_latents(predict_masks, codec, latents, quantize_before: bool = False, quantize_after: bool = False):
+    """Latents of mixtures [B, D, F] -> Codecformer's estimates of their speakers' latents [B, S, D, F].
 
     The two switches are the paper's "RVQ before/after": whether the separator sees quantised latents, and
-    whether its estimates are quantised. No gradient reaches the encoder.
+    whether its estimates are quantised.
     """
-    with torch.no_grad():
-        latents = codec.encode(mixture)
-        if quantize_before:
-            latents = codec.quantize(latents)
+    if quantize_before:
+        latents = codec.quantize(latents)
     estimates = predict_masks(latents).float() * latents[:, None]
     return codec.quantize(estimates) if quantize_after else estimates
 
@@ -257,8 +255,9 @@ def separate(model, codec, mixture, quantize_before: bool = False, quantize_afte
                      says. Codecformer encodes that again.
         latents      on the way, latents in and latents out: Codecformer works on them as they are, Sepformer decodes
                      them first and encodes its estimates again.
-    `quantize_after`: the estimates travel on through the RVQ. In the "clean" situation, Codecformer's own encoder and
-    decoder being all the codec there is, `quantize_before` quantises the latents between them and leaves Sepformer alone.
+    quantize_after: the estimates travel on through the RVQ.
+    In the "clean" situation the only codec is Codecformer's own: `quantize_before` quantises the latents between its
+    encoder and decoder, and leaves Sepformer alone.
     """
     waveforms = isinstance(model, Sepformer)
     if situation == "transmitted" or (situation == "latents" and waveforms):
@@ -267,7 +266,6 @@ def separate(model, codec, mixture, quantize_before: bool = False, quantize_afte
         estimates = model(mixture)
         return codec.transmit(estimates, quantize_after) if quantize_after or situation == "latents" else estimates
     gain = codec.gain(mixture)
-    latents = estimate_latents(
-        model, codec, mixture * gain, quantize_before and situation != "transmitted", quantize_after
-    )
+    before = quantize_before and situation != "transmitted"
+    latents = estimate_latents(model, codec, codec.encode(mixture * gain), before, quantize_after)
     return codec.decode(latents, mixture.shape[-1]) / gain[:, None]

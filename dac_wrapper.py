@@ -274,10 +274,23 @@ def calibration_speech(sample_rate: int) -> torch.Tensor:
 
 # Making the small codec ----------------------------------------------------------------------------------------------
 
+DAC_16KHZ = dict(
+    encoder_dim=64, encoder_rates=[2, 4, 5, 8], latent_dim=1024, decoder_dim=1536, decoder_rates=[8, 5, 4, 2],
+    n_codebooks=12, codebook_size=1024, codebook_dim=8, sample_rate=16000,
+)  # fmt: skip
 SMALL = dict(
     encoder_dim=16, encoder_rates=[5, 4, 4, 2], latent_dim=320, decoder_dim=256, decoder_rates=[2, 4, 4, 5],
     n_codebooks=12, codebook_size=1024, codebook_dim=8, sample_rate=8000,
 )  # fmt: skip
+
+
+def random_dac(shape: dict) -> nn.Module:
+    """An untrained `dac.DAC` of that shape, its weight norm folded, in evaluation mode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # dac uses the old weight_norm
+        model = import_dac().DAC(**shape)
+    fold_weight_norm(model)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -387,10 +400,7 @@ def fit_codec(speech, seconds: int = 400, seed: int = 0) -> nn.Module:
     from data import SpeakerMixtures  # here, since loading a codec needs no data
 
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model = import_dac().DAC(**SMALL)
-    fold_weight_norm(model)
+    model = random_dac(SMALL)
     start_as_lapped_transform(model)
     fast = copy.deepcopy(model)
     drop_silent_units(fast)

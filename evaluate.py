@@ -3,6 +3,7 @@
     python evaluate.py                           the bundled checkpoint on the bundled test mixtures
     python evaluate.py --ckpt FILE --data DIR    another checkpoint, another set (folders mix, s1, s2)
     python evaluate.py --situations --ckpt A B   the paper's table: A and B, each wherever it could be deployed
+    python evaluate.py --cost                    parameters, MACs, seconds, memory of Codecformer and Sepformer
     python evaluate.py --mix FILE... --out DIR   two files FILE_s1.wav, FILE_s2.wav for each recording
 
 Scoring prints a table with three rows - the mixture left alone, the clean source through the codec (the ceiling:
@@ -20,28 +21,39 @@ row, mixture and source), the separated files in audio/ and index.html, a listen
 
 import base64
 import collections
+import copy
 import csv
+import ctypes
+import functools
 import html
 import io
 import json
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import sys
+import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from codecformer import Sepformer, separate
-from dac_wrapper import ASSETS, Codec, CodecError, measure_lag
+from codecformer import Codecformer, Sepformer, separate
+from dac_wrapper import ASSETS, DAC_16KHZ, Codec, CodecError, measure_lag, random_dac
 from data import DataError, FixedMixtures, Parser, read_audio, resample
 from losses import pairwise_negative_si_sdr, pit, reorder, si_sdr
-from train import SettingsError, check_codec, git_revision, load_checkpoint, restore_model, setup_process
+from train import (
+    SettingsError, build_model, check_codec, git_revision, load_checkpoint, open_mixtures, parse_args, restore_model,
+    separation_loss, setup_process,
+)  # fmt: skip
 
 TITLES = {"si_sdr": "SI-SDR", "si_sdr_i": "SI-SDRi", "sdr": "SDR", "sdr_i": "SDRi", "pesq": "PESQ", "stoi": "STOI"}
 COLUMNS = ["si_sdr", "si_sdr_i", "csi_sdr_i", "sdr_i", "pesq", "stoi"]
@@ -272,6 +284,10 @@ def open_set(args, codec, n_speakers: int) -> FixedMixtures:
     return dataset
 
 
+def machine(device) -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, {device.type}, torch {torch.__version__}"
+
+
 def write_results(out: Path, rows: dict, dataset, scores: list[dict], codec, checkpoints: dict, command: str) -> None:
     """results.json: means and where they come from; results.csv: every score."""
     facts = ("separator", "config", "codec", "quantize_before", "quantize_after", "git", "args", "step")
@@ -283,7 +299,7 @@ def write_results(out: Path, rows: dict, dataset, scores: list[dict], codec, che
         "checkpoints": {path: {k: c[k] for k in facts} for path, c in checkpoints.items()},
         "codec": {k: getattr(codec, k) for k in ("name", "sample_rate", "codec_rate", "frame_rate", "bitrate", "lag")},
         "data": os.path.relpath(dataset.root),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {codec.device.type}, torch {torch.__version__}",
+        "machine": machine(codec.device),
         "git": git_revision(),
     }
     results = json.loads(json.dumps(results), parse_constant=lambda nan: None)  # JSON has no NaN
@@ -430,12 +446,219 @@ def separate_recordings(args) -> None:
     print(f"{len(args.mix)} recording(s) separated into {out}")
 
 
+# What it costs -------------------------------------------------------------------------------------------------------
+
+
+def count_macs(module: torch.nn.Module, *shape: int) -> float:
+    """Multiply-accumulates of one call on an input of that shape, in units of 10^9.
+
+    On the meta device, so that nothing is computed; with the plain attention kernel, the one that is counted whole.
+    """
+    module = copy.deepcopy(module).to("meta")
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(torch.empty(*shape, device="meta"))
+    return counter.get_total_flops() / 2e9
+
+
+def median_seconds(calls: dict, repeats: int, device) -> dict:
+    """Seconds of each call: the median over repeats, in turn, so that a machine's moods meet all of them alike."""
+    seconds = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:  # the first warms up
+                seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def peak_megabytes(call, device) -> float:
+    """Memory that one call takes beside what was there before; on a CPU as Linux reports it, NaN elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed must not hide what this one takes
+        Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+        read = lambda key: int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # noqa: E731
+        before = read("VmRSS")
+        call()
+        return (read("VmHWM") - before) * 1024 / 1e6
+    except OSError:
+        return float("nan")
+
+
+def time_training_steps(dac_16khz, bundled: tuple, device) -> dict:
+    """Seconds of one update at batch 1 and 4 s of 8 kHz, for Sepformer and each way to train the paper's Codecformer.
+
+    "bundled": the defaults of train.py, in seconds per mixture.
+    """
+    paper = [f"@{Path(__file__).parent / 'config' / 'wsj0_2mix.txt'}", "--threshold=-1e9"]
+    ways = {
+        "sepformer": [*paper, "--model", "sepformer", "--n_layers", "8", "--dropout", "0"],
+        "si_sdr_whole_segment": paper,
+        "si_sdr": [*paper, "--loss_seconds", "1"],
+        "csi_sdr": [*paper, "--loss_seconds", "1", "--loss", "csi_sdr"],
+        "embedding": [*paper, "--loss", "embedding"],
+        "embedding_cached": [*paper, "--loss", "embedding"],
+        "bundled": [],
+    }
+
+    def step(model, codec, optimizer, flags, batch):
+        separation_loss(model, codec, batch, flags, device).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    calls, models = {}, {}
+    for way, extra in ways.items():
+        flags = parse_args(extra)
+        codec = bundled[1] if way == "bundled" else dac_16khz
+        key = way == "bundled", flags.model
+        if key not in models:
+            model = copy.deepcopy(bundled[0]).train() if way == "bundled" else build_model(flags, codec).to(device)
+            models[key] = model, codec, torch.optim.Adam(model.parameters(), lr=1e-6)
+        if way == "embedding_cached":
+            batch = {"latents": torch.randn(1, 3, codec.latent_dim, 200)}
+        else:
+            sources = 0.1 * torch.randn(flags.batch_size, 2, round(flags.seconds * flags.sample_rate))
+            batch = {"mixture": sources.sum(1), "sources": sources}
+        calls[way] = functools.partial(step, *models[key], flags, batch)
+    seconds = median_seconds(calls, 3, device)
+    return {**seconds, "bundled": seconds["bundled"] / parse_args([]).batch_size}
+
+
+@torch.no_grad()
+def time_inference(bundled: tuple, dac_16khz, compiled: bool, device) -> list[dict]:
+    """A row for each system and length: parameters, GMAC, seconds, real-time factor, megabytes."""
+    paper, sepformer = Codecformer().to(device).eval(), Sepformer().to(device).eval()
+    rows = []
+    for seconds in (1, 4, 8, 60):
+        n = 8000 * seconds
+        wav = 0.1 * torch.randn(1, n, device=device)
+        systems = {}  # name: (modules, GMAC of encoder, separator and decoder, call)
+        for kind, model, codec in (("paper", paper, dac_16khz), ("bundled", *bundled)):
+            latents, dac = codec.encode(wav), codec.dac
+            encoder = count_macs(dac.encoder, 1, 1, latents.shape[-1] * codec.hop)
+            separator = count_macs(model, *latents.shape)
+            decoder = count_macs(dac.decoder, *latents.shape)
+            macs = 0, separator, 0
+            systems[f"Codecformer {kind}, latents to latents"] = (
+                [model], macs, lambda m=model, z=latents: m(z) * z[:, None]
+            )  # fmt: skip
+            if compiled:
+                systems[f"Codecformer {kind} compiled, latents to latents"] = (
+                    [model], macs, lambda m=torch.compile(model), z=latents: m(z) * z[:, None]
+                )  # fmt: skip
+            systems[f"Codecformer {kind}, wav to wav"] = (
+                [model, dac], (encoder, separator, 2 * decoder), lambda m=model, c=codec: separate(m, c, wav)
+            )  # fmt: skip
+            if kind == "paper":
+                macs = count_macs(sepformer, 1, n)
+                systems["Sepformer, wav to wav"] = [sepformer], (0, macs, 0), lambda: sepformer(wav)
+                systems["Sepformer behind the codec"] = (
+                    [sepformer, dac], (2 * encoder, macs, decoder),
+                    lambda z=latents, c=codec: c.encode(sepformer(c.decode(z, n))),
+                )  # fmt: skip
+        # A minute of Sepformer or of the 16 kHz DAC takes minutes on a CPU, so there it is only counted.
+        calls = {k: call for k, (_, macs, call) in systems.items() if device.type == "cuda" or sum(macs) < 1000}
+        times = median_seconds(calls, {1: 5, 4: 5, 8: 2, 60: 3}[seconds], device)
+        for name, (modules, macs, call) in systems.items():
+            rows.append({
+                "system": name, "audio_seconds": seconds,
+                "parameters": sum(p.numel() for m in modules for p in m.parameters()),
+                **dict(zip(("gmac_encoder", "gmac_separator", "gmac_decoder"), macs)), "gmac": sum(macs),
+                "seconds": times.get(name), "real_time_factor": times[name] / seconds if name in times else None,
+                "megabytes": peak_megabytes(call, device) if name in times else None,
+            })  # fmt: skip
+    return rows
+
+
+def mixtures_per_second(seconds: float = 5.0) -> float:
+    """How many training mixtures one worker makes from the bundled speech, with the defaults of train.py."""
+    flags = parse_args([])
+    dataset = open_mixtures(flags.data, flags, flags.epoch_size, flags.seed, train=True)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        dataset[count % len(dataset)]
+        count += 1
+    return count / (time.perf_counter() - started)
+
+
+RATIOS = {  # Sepformer's cost over Codecformer's
+    "latents_to_latents": ("Sepformer, wav to wav", "Codecformer paper, latents to latents"),
+    "behind_codec": ("Sepformer behind the codec", "Codecformer paper, latents to latents"),
+    "wav_to_wav_bundled": ("Sepformer, wav to wav", "Codecformer bundled, wav to wav"),
+    "wav_to_wav_dac_16khz": ("Sepformer, wav to wav", "Codecformer paper, wav to wav"),
+}
+
+
+def cost(args, command: str) -> None:
+    """Prints what both separators cost, side by side, and writes cost.json."""
+    _, _, device = setup_process()
+    torch.manual_seed(0)
+    out = Path(args.out or "results_cost")
+    make_folder(out)
+    bundled = load_separator(args.ckpt[0], device, args.codec)[:2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random weights have no lag to be measured
+        dac_16khz = Codec(
+            random_dac(DAC_16KHZ).requires_grad_(False), 8000, "random weights of dac_16khz's shape", device=device
+        )
+    rows = time_inference(bundled, dac_16khz, args.compile, device)
+    at_4s = {row["system"]: row for row in rows if row["audio_seconds"] == 4}
+    ratios = {}
+    for name, (theirs, ours) in RATIOS.items():
+        ratios[name] = {"macs": at_4s[theirs]["gmac"] / at_4s[ours]["gmac"]}
+        ratios[name]["time"] = at_4s[theirs]["seconds"] / at_4s[ours]["seconds"]
+    steps = time_training_steps(dac_16khz, bundled, device)
+    ratios["train_step"] = {w: steps["sepformer"] / s for w, s in steps.items() if w not in ("sepformer", "bundled")}
+    pipeline = {"mixtures_per_second_per_worker": mixtures_per_second(), "bundled_step_consumes": 1 / steps["bundled"]}
+    results = {
+        "ratios": ratios, "inference": rows, "train_step_seconds": steps, "pipeline": pipeline, "command": command,
+        "machine": machine(device), "threads": torch.get_num_threads(), "git": git_revision(),
+    }  # fmt: skip
+    (out / "cost.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    def cell(value, digits):
+        return ("-" if value is None else f"{value:.{digits}f}").rjust(10)
+
+    print("8 kHz audio, two speakers, batch 1; GMAC split into codec encoder, separator, codec decoder\n")
+    columns = ("audio s", "M param", "GMAC enc", "GMAC sep", "GMAC dec", "seconds", "RTF", "MB")
+    print("".ljust(46) + "".join(title.rjust(10) for title in columns))
+    for row in rows:
+        values = [row["audio_seconds"], row["parameters"] / 1e6, *list(row.values())[3:6]]
+        values += [row["seconds"], row["real_time_factor"], row["megabytes"]]
+        print(row["system"].ljust(46) + "".join(map(cell, values, (0, 1, 2, 2, 2, 3, 4, 0))))
+    print(
+        "- : not timed here, it would take minutes\n\nSepformer over Codecformer, 4 s".ljust(46)
+        + "MACs x".rjust(12)
+        + "time x".rjust(10)
+    )
+    for name in RATIOS:
+        print(name.ljust(46) + cell(ratios[name]["macs"], 1) + cell(ratios[name]["time"], 1))
+    print("\none training step, batch 1, 4 s".ljust(47) + "seconds".rjust(10) + "faster x".rjust(10))
+    for way, seconds in steps.items():
+        if way != "bundled":
+            print(way.ljust(46) + cell(seconds, 3) + cell(ratios["train_step"].get(way), 1))
+    print(
+        f"\nmixtures per second: one worker makes {pipeline['mixtures_per_second_per_worker']:.0f}, "
+        f"the bundled training step takes {pipeline['bundled_step_consumes']:.0f}"
+    )
+
+
 def main():
     parser = Parser(description="Scores checkpoints, or separates recordings (--mix).")
     parser.add_argument("--ckpt", nargs="+", default=[str(ASSETS / "separator.pt")], help="checkpoint of train.py")
     parser.add_argument("--codec", help="where the checkpoint's codec lies now, if it has moved")
     parser.add_argument("--data", default=str(ASSETS / "test_mixtures"), help="folder with mix or mix_clean, s1, s2")
     parser.add_argument("--situations", action="store_true", help="the paper's table, for one or several --ckpt")
+    parser.add_argument("--cost", action="store_true", help="what Codecformer and Sepformer cost, side by side")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the separator")
     parser.add_argument("--mix", nargs="+", metavar="FILE", help="recordings to separate instead")
     parser.add_argument("--out", help="output folder (default: results, results_situations or separated)")
     args = parser.parse_args()
@@ -447,6 +670,8 @@ def main():
             separate_recordings(args)
         elif args.situations:
             evaluate_situations(args, command)
+        elif args.cost:
+            cost(args, command)
         else:
             evaluate(args, command)
     except (DataError, CodecError, SettingsError) as error:

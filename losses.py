@@ -2,11 +2,12 @@
 
 Each training loss has the same signature, so that a new one is one function and one line in LOSSES:
 
-    loss(codec, estimates, sources) -> pairwise [B, S, S]
+    loss(codec, estimates, sources, margin) -> pairwise [B, S, S]
 
 with `estimates` the waveforms [B, S, T] that the separator arrives at, or their latents [B, S, D, F] for the losses
 in ON_LATENTS, and `sources` [B, S, T] the clean sources at the gain that brought their mixture to the codec's level, so
-that their latents are what a mask on the mixture's latents can reach. Entry (b, i, j) says how badly estimate i fits
+that their latents are what a mask on the mixture's latents can reach; `margin` samples at both ends of a waveform are
+there for the codec's sake and not scored. Entry (b, i, j) says how badly estimate i fits
 source j, in dB, lower is better; `pit` then picks the permutation.
 
 SI-SDR is Le Roux et al., 2019, https://arxiv.org/abs/1811.02508; cSI-SDR is the
@@ -72,25 +73,29 @@ def pairwise_negative_si_sdr(estimates: torch.Tensor, sources: torch.Tensor) -> 
     return -si_sdr(estimates[:, :, None], sources[:, None])
 
 
-def si_sdr_loss(codec, estimates, sources):
+def pairwise_latent_error(estimates: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Latents [B, S, D, F] twice -> [B, S, S], squared error relative to the target's energy, in dB."""
+    error = (estimates[:, :, None] - targets[:, None]).square().mean((-1, -2))
+    return 10 * torch.log10((error + EPS) / (targets.square().mean((-1, -2))[:, None] + EPS))
+
+
+def inner(wav: torch.Tensor, margin: int) -> torch.Tensor:
+    return wav[..., margin : wav.shape[-1] - margin]
+
+
+def si_sdr_loss(codec, estimates, sources, margin=0):
     """Negative SI-SDR against the clean sources."""
-    return pairwise_negative_si_sdr(estimates, sources)
+    return pairwise_negative_si_sdr(inner(estimates, margin), inner(sources, margin))
 
 
-def csi_sdr_loss(codec, estimates, sources):
+def csi_sdr_loss(codec, estimates, sources, margin=0):
     """Negative codec SI-SDR: against the sources as the codec itself would have transmitted them."""
-    with torch.no_grad():
-        transmitted = codec.transmit(sources)
-    return pairwise_negative_si_sdr(estimates, transmitted)
+    return pairwise_negative_si_sdr(inner(estimates, margin), inner(codec.transmit(sources), margin))
 
 
-def embedding_loss(codec, latents, sources):
-    """Squared error between latents relative to the source's, in dB; nothing is decoded."""
-    with torch.no_grad():
-        targets = codec.encode(sources)
-    error = (latents[:, :, None] - targets[:, None]).square().mean((-1, -2))
-    power = targets.square().mean((-1, -2))[:, None]
-    return 10 * torch.log10((error + EPS) / (power + EPS))
+def embedding_loss(codec, latents, sources, margin=0):
+    """The latents' error against those of the clean sources; nothing is decoded."""
+    return pairwise_latent_error(latents, codec.encode(sources))
 
 
 LOSSES = {"si_sdr": si_sdr_loss, "csi_sdr": csi_sdr_loss, "embedding": embedding_loss}

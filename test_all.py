@@ -181,8 +181,8 @@ def test_each_situation_and_switch_is_what_it_says(codec, speech):
             for a, b in itertools.combinations(results, 2):
                 assert not torch.allclose(a, b, atol=1e-3)
         assert torch.equal(
-            estimate_latents(model, codec, mixture * gain, False, True),
-            codec.quantize(estimate_latents(model, codec, mixture * gain)),
+            estimate_latents(model, codec, latents, False, True),
+            codec.quantize(estimate_latents(model, codec, latents)),
         )
 
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from codecformer import ACTIVATIONS, SEPARATORS, estimate_latents, separate
 from dac_wrapper import ASSETS, Codec, CodecError, first_line
 from data import DataError, FixedMixtures, Parser, SpeakerMixtures, is_fixed_set
-from losses import LOSSES, ON_LATENTS, keep_hard, pairwise_negative_si_sdr, pit, si_sdr
+from losses import LOSSES, ON_LATENTS, keep_hard, pairwise_latent_error, pairwise_negative_si_sdr, pit, si_sdr
 
 
 class SettingsError(ValueError):
@@ -61,6 +61,7 @@ def parse_args(argv=None):
     add("--n_speakers", type=int, default=2)
     add("--epoch_size", type=int, default=2400, help="mixtures an epoch (a fixed set has its own size)")
     add("--valid_size", type=int, default=40, help="validation mixtures drawn from a folder of speakers")
+    add("--cache", help="folder for the latents of a fixed set, encoded once; for --loss embedding")
     add("--workers", type=int, default=1, help="processes that make mixtures")
     # model; the defaults are the small one, config/wsj0_2mix.txt has the paper's
     add("--model", choices=list(SEPARATORS), default="codecformer")
@@ -77,6 +78,7 @@ def parse_args(argv=None):
     add("--quantize_after", action="store_true", help="RVQ on the estimates' latents")
     # loss and optimisation
     add("--loss", choices=list(LOSSES), default="embedding")
+    add("--loss_seconds", type=float, default=0.0, help="decode only a random crop for the loss; 0: the whole segment")
     add("--threshold", type=float, default=-30.0, help="dB; mixtures with a loss below it are left out of the step")
     add("--lr", type=float, default=1e-3)
     add("--schedule", choices=["plateau", "cosine"], default="cosine", help="plateau is the paper's")
@@ -150,18 +152,81 @@ def epoch_batches(dataset, args, epoch: int, rank: int, world: int, first_step: 
     return order[first_step:, :, rank].reshape(-1, args.batch_size).tolist()
 
 
+class CachedLatents:
+    """The latents of a fixed set, encoded once into `folder`, so that training needs no codec.
+
+    Items are `latents` [1 + S, D, F]: the mixture's and its sources', cut at random to `seconds`. A stored hour of
+    8 kHz mixtures of two takes about 1 GB with a codec of 1,024 dimensions.
+    """
+
+    def __init__(self, mixtures: FixedMixtures, codec: Codec, folder, seconds: float, seed: int, rank: int, world: int):
+        self.mixtures, self.folder, self.seed, self.epoch = mixtures, Path(folder) / codec.fingerprint, seed, 0
+        self.frames = round(seconds * codec.frame_rate)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for index in tqdm(range(rank, len(mixtures), world), desc="encoding", unit="mixture"):
+            if self._path(index).exists():
+                continue
+            item = mixtures[index]
+            wav = torch.from_numpy(np.concatenate([item["mixture"][None], item["sources"]])).to(codec.device)
+            latents = codec.encode(wav * codec.gain(wav[:1]))
+            temporary = self._path(index).with_suffix(".tmp")
+            with open(temporary, "wb") as file:
+                np.save(file, latents.half().cpu().numpy())
+            os.replace(temporary, self._path(index))
+        if dist.is_initialized():
+            dist.barrier()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{self.mixtures.files[index].stem}.npy"
+
+    def __len__(self) -> int:
+        return len(self.mixtures)
+
+    def __getitem__(self, index: int) -> dict:
+        latents = np.load(self._path(index), mmap_mode="r")
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        start = int(rng.integers(max(latents.shape[-1] - self.frames, 0) + 1))
+        cut = latents[..., start : start + self.frames].astype(np.float32)
+        return {"latents": np.pad(cut, ((0, 0), (0, 0), (0, self.frames - cut.shape[-1])))}
+
+
+MARGIN = 4  # frames at each end of a crop that are decoded but not scored: there the decoder lacks their neighbours
+
+
+def random_crop(codec: Codec, latents, sources, seconds: float) -> tuple:
+    """The same random `seconds` (and MARGIN) of latents [B, S, D, F] and sources [B, S, T], and the margin in samples.
+
+    Decoding is most of a step with a big codec, and a part of a segment tells how good its latents are.
+    """
+    samples = codec.hop * codec.sample_rate / codec.codec_rate  # a frame's
+    if samples % 1:
+        raise SettingsError(f"a frame of {codec.name} is no whole number of samples: train it with --loss_seconds 0")
+    samples, frames = int(samples), round(seconds * codec.frame_rate) + 2 * MARGIN
+    start = int(torch.randint(max(latents.shape[-1] - frames, 0) + 1, ()))
+    sources = sources[..., start * samples : (start + frames) * samples]
+    return latents[..., start : start + frames], sources, MARGIN * samples
+
+
 def separation_loss(predict, codec, batch, args, device) -> torch.Tensor:
     """The losses of the mixtures of a batch that are not separated well already, in dB [<= B]."""
-    mixture, sources = batch["mixture"].to(device), batch["sources"].to(device)
+    batch = {k: v.to(device) for k, v in batch.items() if k != "name"}
+    if "latents" in batch:
+        latents, targets = batch["latents"][:, 0], batch["latents"][:, 1:]
+        estimates = estimate_latents(predict, codec, latents, args.quantize_before, args.quantize_after)
+        return keep_hard(pit(pairwise_latent_error(estimates, targets))[0], args.threshold)
+    mixture, sources = batch["mixture"], batch["sources"]
     gain = codec.gain(mixture)
-    mixture, sources = mixture * gain, sources * gain[:, None]
+    mixture, sources, margin = mixture * gain, sources * gain[:, None], 0
     if args.model == "sepformer":
         estimates = predict(mixture).float()
     else:
-        estimates = estimate_latents(predict, codec, mixture, args.quantize_before, args.quantize_after)
+        latents = codec.encode(mixture)
+        estimates = estimate_latents(predict, codec, latents, args.quantize_before, args.quantize_after)
         if args.loss not in ON_LATENTS:
-            estimates = codec.decode(estimates, mixture.shape[-1])
-    loss, _ = pit(LOSSES[args.loss](codec, estimates, sources))
+            if args.loss_seconds:
+                estimates, sources, margin = random_crop(codec, estimates, sources, args.loss_seconds)
+            estimates = codec.decode(estimates, sources.shape[-1])
+    loss, _ = pit(LOSSES[args.loss](codec, estimates, sources, margin))
     return keep_hard(loss, args.threshold)
 
 
