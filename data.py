@@ -15,6 +15,7 @@ Relative levels and the peak follow the WSJ0-2mix recipe, speed perturbation the
 """
 
 import argparse
+import itertools
 import math
 import re
 import shutil
@@ -261,39 +262,28 @@ class new_folder:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-# speaker: [(Debian package, pattern below usr/share)]. Voices recorded for telephone exchanges, two games and
-# the talking stamps of a drawing program; every language of one program is another reader.
+# {speaker: (Debian packages, pattern below usr/share)}: voices recorded for telephone exchanges, two games and the
+# talking stamps of a drawing program; every language of one program is another reader.
 ASTERISK = {
-    "allison": [("core-sounds-en", "en_US_f_Allison"), ("core-sounds-es", "es_MX_f_Allison")],
-    "june": [("core-sounds-fr", "fr_CA_f_June")],
-    "carlo": [("core-sounds-it", "it_IT_m_Carlo")],
-    "menardi": [("prompt-it-menardi", "it_IT_f_Menardi")],
-    "ivrvoice": [("core-sounds-ru", "ru_RU_f_IvrvoiceRU")],
+    "allison": "core-sounds-en core-sounds-es",
+    "june": "core-sounds-fr",
+    "carlo": "core-sounds-it",
+    "menardi": "prompt-it-menardi",
+    "ivrvoice": "core-sounds-ru",
 }
 VOICES = {
-    **{
-        speaker: [
-            (f"asterisk-{package}-wav", rf"asterisk/sounds/{folder}/(?!silence/).*\.wav") for package, folder in rows
-        ]
-        for speaker, rows in ASTERISK.items()
-    },
-    **{
-        f"fish_{size}_{lang}": [(f"fillets-ng-data-{lang}", rf"games/fillets-ng/sound/[^/]+/{lang}/.*-{mark}-.*\.ogg")]
-        for lang in ("cs", "nl")
-        for size, mark in (("small", "m"), ("big", "v"))
-    },
-    **{
-        f"stamps_{lang}": [("tuxpaint-stamps-default", rf"tuxpaint/stamps/.*_desc_{lang}\.ogg")]
-        for lang in "ro es ru fr bg el be ca da".split()
-    },
-    **{
-        f"ktuberling_{lang}": [("ktuberling-data", rf"ktuberling/sounds/{lang}/.*\.(wav|ogg|opus)")]
-        for lang in "ca da de el en fr gl lt ru sl uk wa nn".split()
-    },
+    voice: ([f"asterisk-{p}-wav" for p in packages.split()], rf"(?i)asterisk/sounds/\w+_{voice}\w*/(?!silence/).*\.wav")
+    for voice, packages in ASTERISK.items()
 }
+for lang, (size, mark) in itertools.product(["cs", "nl"], [("small", "m"), ("big", "v")]):
+    pattern = rf"games/fillets-ng/sound/[^/]+/{lang}/.*-{mark}-.*\.ogg"
+    VOICES[f"fish_{size}_{lang}"] = ([f"fillets-ng-data-{lang}"], pattern)
+for lang in "ro es ru fr bg el be ca da".split():
+    VOICES[f"stamps_{lang}"] = (["tuxpaint-stamps-default"], rf"tuxpaint/stamps/.*_desc_{lang}\.ogg")
+for lang in "ca da de el en fr gl lt ru sl uk wa nn".split():
+    VOICES[f"ktuberling_{lang}"] = (["ktuberling-data"], rf"ktuberling/sounds/{lang}/.*\.(wav|ogg|opus)")
 # Three voices choose hyperparameters, thirteen are only ever scored, all others may be trained on.
 VALID_VOICES = {"stamps_be", "stamps_ca", "stamps_da"}
-BUNDLED_VOICES = sorted(ASTERISK)  # under CC-BY and CC-BY-SA
 
 
 def trim_silence(audio: np.ndarray, rate: int) -> np.ndarray:
@@ -316,7 +306,7 @@ def build_debian_speech(out, sample_rate: int = 8000) -> None:
     with new_folder(out) as folder:
         unpacked = folder / ".packages"
         unpacked.mkdir()
-        packages = sorted({package for rows in VOICES.values() for package, _ in rows})
+        packages = sorted({package for packages, _ in VOICES.values() for package in packages})
         for package in tqdm(packages, desc="fetching packages"):
             try:
                 subprocess.run(["apt-get", "download", package], cwd=unpacked, check=True, capture_output=True)
@@ -324,9 +314,9 @@ def build_debian_speech(out, sample_rate: int = 8000) -> None:
                 raise DataError(f"apt-get download {package} failed: run `apt-get update` first") from None
             archive = next(unpacked.glob(f"{package}_*.deb"))
             subprocess.run(["dpkg-deb", "-x", archive, unpacked / package], check=True)
-        for voice, rows in tqdm(VOICES.items(), desc="converting voices"):
+        for voice, (packages, pattern) in tqdm(VOICES.items(), desc="converting voices"):
             paths = []
-            for package, pattern in rows:
+            for package in packages:
                 base = unpacked / package / "usr" / "share"
                 paths += sorted(p for p in base.rglob("*") if re.fullmatch(pattern, str(p.relative_to(base))))
             for index, path in enumerate(paths):
@@ -344,31 +334,27 @@ def build_debian_speech(out, sample_rate: int = 8000) -> None:
         shutil.rmtree(unpacked)
 
 
-def write_vorbis(path, audio: np.ndarray, rate: int) -> None:
-    # In blocks: libsndfile's Vorbis encoder overflows its stack on long arrays.
-    with sf.SoundFile(path, "w", rate, 1, "VORBIS", compression_level=0.0) as file:
-        for start in range(0, len(audio), 4096):
-            file.write(audio[start : start + 4096])
-
-
-def bundle_speech(speech, out, minutes: float = 8.0, rate: int = 8000) -> None:
-    """Packs `minutes` of each freely licensed voice into one-minute Ogg files: `out`/{train,valid}/<voice>.
+def bundle_speech(speech, out) -> None:
+    """Packs 8 minutes of each freely licensed voice into one-minute Ogg files at 8 kHz: `out`/{train,valid}/<voice>.
 
     `valid` holds a minute of the same voices' sentences in `seen`. Raises DataError if speech is missing.
     """
+    minute, block = 60 * 8000, 4096  # libsndfile's Vorbis encoder overflows its stack on long blocks
     with new_folder(out) as folder:
-        for split, source, total in (("train", "train", minutes), ("valid", "seen", 1.0)):
+        for split, source, minutes in (("train", "train", 8), ("valid", "seen", 1)):
             speakers = list_speakers(Path(speech) / source)
-            for voice in BUNDLED_VOICES:
+            for voice in ASTERISK:  # the voices under CC-BY and CC-BY-SA
                 if voice not in speakers:
                     raise DataError(f"{speech}/{source}/{voice} is missing: build the folder with `data.py debian`")
                 files = np.random.default_rng(0).permutation(speakers[voice])
-                gap = np.zeros(rate // 5, np.float32)
+                gap = np.zeros(1600, np.float32)
                 audio = np.concatenate([part for path in files for part in (read_audio(path)[0], gap)])
                 (folder / split / voice).mkdir(parents=True)
-                audio = audio[: int(total * 60 * rate)]
-                for k, start in enumerate(range(0, len(audio), 60 * rate)):
-                    write_vorbis(folder / split / voice / f"{k:02d}.ogg", audio[start : start + 60 * rate], rate)
+                for k, part in enumerate(np.split(audio, range(minute, len(audio), minute))[:minutes]):
+                    path = folder / split / voice / f"{k:02d}.ogg"
+                    with sf.SoundFile(path, "w", 8000, 1, "VORBIS", compression_level=0.0) as file:
+                        for start in range(0, len(part), block):
+                            file.write(part[start : start + block])
 
 
 def main():
