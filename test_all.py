@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,19 @@ import soundfile as sf
 import torch
 
 import dac_wrapper
+import data
 import evaluate
 import train
 from codecformer import ACTIVATIONS, Codecformer, CodecformerConfig, Snake1d, separate, sinusoidal_positions
 from dac_wrapper import ASSETS, Codec, CodecError, import_dac, load_dac, measure_lag
-from data import DataError, FixedMixtures, SpeakerMixtures, read_audio, resample, write_fixed_set
+from data import (
+    DataError,
+    FixedMixtures,
+    SpeakerMixtures,
+    read_audio,
+    resample,
+    write_fixed_set,
+)
 from losses import LOSSES, keep_hard, pairwise_negative_si_sdr, pit, reorder, si_sdr
 
 HERE = Path(__file__).parent
@@ -481,6 +490,186 @@ def test_bad_folders_are_refused(tmp_path):
     (tmp_path / "set" / "s2" / "x.wav").unlink()
     with pytest.raises(DataError, match="missing"):
         FixedMixtures(tmp_path / "set", 8000)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    data.main()
+
+
+def level_db(signal) -> float:
+    return 10 * np.log10(np.mean(np.square(signal, dtype=np.float64)))
+
+
+@pytest.fixture
+def librimix(tmp_path) -> Path:
+    """LibriMix's folders with three mixtures of noise signals, as create_librimix_from_metadata.py lays them out."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "Libri2Mix" / "wav8k" / "min" / "test"
+    (root.parent / "metadata").mkdir(parents=True)
+    for mix in ("mix_clean", "mix_both"):
+        noise_path = ["noise_path"] if mix == "mix_both" else []
+        rows = [["mixture_ID", "mixture_path", "source_1_path", "source_2_path", *noise_path, "length"]]
+        for k, length in enumerate((8000, 6000, 7000)):
+            s1, s2, noise = np.random.default_rng(k).integers(-9000, 9000, (3, length)).astype(np.int16)
+            signals = {"s1": s1, "s2": s2, "noise": noise, mix: s1 + s2 + (noise if noise_path else 0)}
+            for folder, signal in signals.items():
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                sf.write(root / folder / f"{k}-a_{k}-b.wav", signal, 8000, subtype="PCM_16")
+            rows.append([f"{k}-a_{k}-b", *["/somewhere/else.wav"] * (len(rows[0]) - 2), length])
+        rng.shuffle(rows[1:])
+        with open(root.parent / "metadata" / f"mixture_test_{mix}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    return root
+
+
+def test_librimix_is_read_with_and_without_its_tables_and_noise(librimix, monkeypatch):
+    read = lambda folder, name: read_audio(librimix / folder / f"{name}.wav")[0]  # noqa: E731
+    opened = []
+    info = sf.info
+    monkeypatch.setattr(sf, "info", lambda path: opened.append(path) or info(path))
+    for tables in (True, False):
+        if not tables:
+            for table in (librimix.parent / "metadata").iterdir():
+                table.unlink()
+        clean, both = FixedMixtures(librimix, 8000), FixedMixtures(librimix, 8000, mix="mix_both")
+        assert len(opened) == (2 if tables else 2 + 10)  # with a table just one, for the rate; then all not yet known
+        assert clean.lengths == both.lengths == [8000, 6000, 7000] and clean.n_speakers == 2
+        for a, b in zip(clean, both):
+            assert np.array_equal(a["mixture"], a["sources"].sum(0)) and np.array_equal(a["sources"], b["sources"])
+            assert np.array_equal(b["mixture"], b["sources"].sum(0) + read("noise", b["name"]))
+    cuts = FixedMixtures(librimix, 8000, seconds=0.5, speeds=(80, 125), mix="mix_both")
+    for item in cuts:
+        rest, noise = item["mixture"] - item["sources"].sum(0), read("noise", item["name"])
+        assert any(np.allclose(rest, noise[k : k + 4000], atol=1e-5) for k in range(len(noise) - 3999))
+
+
+def test_sets_that_do_not_fit_are_refused_when_opened(librimix):
+    table = librimix.parent / "metadata" / "mixture_test_mix_clean.csv"
+    (librimix / "s1" / "extra.wav").touch()  # nothing asks for it
+    whole = table.read_text()
+    for text, message in ((whole + "x,y,z,z,1\n", "differ in x"), (whole.replace("length", "size"), "is no table")):
+        table.write_text(text)
+        with pytest.raises(DataError, match=message):
+            FixedMixtures(librimix, 8000)
+    table.write_text(whole.replace("6000", "6001"))
+    with pytest.raises(DataError, match="has 6000 samples, its mixture 6001"):
+        FixedMixtures(librimix, 8000)[1]
+    table.unlink()
+    with pytest.raises(DataError, match="8000 Hz, the model works at 16000"):
+        FixedMixtures(librimix, 16000)
+    sf.write(librimix / "s2" / "2-a_2-b.wav", np.ones(6999), 8000)
+    with pytest.raises(DataError, match="s2/2-a_2-b.wav has 6999 samples, its mixture 7000"):
+        FixedMixtures(librimix, 8000)
+
+
+def write_noise(folder, n=3, seconds=0.3):
+    for k in range(n):  # short, stereo and in subfolders, like WHAM!'s
+        path = folder / "tr" / f"{k}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sf.write(path, np.random.default_rng(k).normal(0, 0.1, (round(seconds * 16000), 2)), 16000)
+    return folder
+
+
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_noise_is_mixed_at_the_chosen_snr_and_only_into_the_mixture(tmp_path, rate):
+    noise = write_noise(tmp_path / "noise")
+
+    def snr(item):
+        speech = item["sources"].sum(0)
+        return level_db(speech) - level_db(item["mixture"] - speech)
+
+    for n_speakers in (2, 5):
+        clean = SpeakerMixtures(SPEECH, rate, 0.5, 20, n_speakers=n_speakers)
+        exact, spread = (
+            SpeakerMixtures(SPEECH, rate, 0.5, 20, n_speakers=n_speakers, noise=noise, snr=snr)
+            for snr in ((5, 5), (-6, 3))
+        )
+        assert all(snr(exact[k]) == pytest.approx(5, abs=1e-3) for k in range(5))
+        spread_snr = [snr(spread[k]) for k in range(20)]
+        assert -6.001 <= min(spread_snr) < -4 and 1 < max(spread_snr) <= 3.001
+        a, b = clean[3], spread[3]
+        gain = np.linalg.norm(b["sources"]) / np.linalg.norm(a["sources"])
+        assert a["name"] == b["name"] and len(set(a["name"].split("_"))) == n_speakers == len(b["sources"])
+        assert np.allclose(a["sources"] * gain, b["sources"], atol=1e-5) and same(b, spread[3])
+        assert b["mixture"].shape == (rate // 2,) and np.abs(b["mixture"]).max() <= 0.9001
+
+
+def test_a_noisy_fixed_set_reads_back_sample_exact(tmp_path, monkeypatch):
+    noise = write_noise(tmp_path / "noise")
+    settings = "--sample_rate 16000 --n 3 --seconds 0.5 --n_speakers 3 --snr -2 4".split()
+    command(monkeypatch, "mix", "--speech", SPEECH, "--noise", noise, "--out", tmp_path / "set", *settings)
+    original = SpeakerMixtures(SPEECH, 16000, 0.5, 3, n_speakers=3, noise=noise, snr=(-2, 4))
+    fixed = FixedMixtures(tmp_path / "set", 16000)
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["mix_both", "noise", "s1", "s2", "s3"]
+    for item, wanted, path in zip(fixed, original, sorted((tmp_path / "set" / "noise").iterdir())):
+        assert np.array_equal(item["mixture"], item["sources"].sum(0) + read_audio(path)[0])
+        assert np.abs(item["sources"] - wanted["sources"]).max() <= 0.5001 / 32768
+        assert np.abs(item["mixture"] - wanted["mixture"]).max() <= 2.001 / 32768
+    assert len(fixed) == 3
+
+
+def test_wrong_noise_and_numbers_of_speakers_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    sf.write(tmp_path / "silent.wav", np.zeros(8000), 8000)
+    for settings, message in (
+        (dict(noise=tmp_path / "empty"), "empty holds no wav"),
+        (dict(noise=tmp_path, snr=(3, -6)), "from low to high"),
+        (dict(n_speakers=6), "2 to 5"),
+        (dict(n_speakers=1), "2 to 5"),
+    ):
+        with pytest.raises(DataError, match=message):
+            SpeakerMixtures(SPEECH, 8000, 0.5, 1, **settings)
+    with pytest.raises(DataError, match="20 segments of the noise in a row were silent"):
+        SpeakerMixtures(SPEECH, 8000, 0.5, 1, noise=tmp_path)[0]
+    with pytest.raises(DataError, match="needs --noise"):
+        command(monkeypatch, "mix", "--speech", SPEECH, "--out", tmp_path / "set", "--snr", 0, 5)
+
+
+def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, cache, monkeypatch):
+    write_tone(tmp_path / "a" / "x.wav", 300)
+    write_tone(tmp_path / "b" / "y.wav", 400)
+    opened = []
+    info = sf.info
+    monkeypatch.setattr(sf, "info", lambda path: opened.append(path.name) or info(path))
+
+    def reads():
+        opened.clear()
+        item = SpeakerMixtures(tmp_path, 8000, 1.0, 1)[0]
+        assert item["mixture"].shape == (8000,)
+        return sorted(opened)
+
+    assert reads() == ["x.wav", "y.wav"] and reads() == []
+    (file,) = (cache / "codecformer").iterdir()
+    write_tone(tmp_path / "b" / "y.wav", 400, rate=16000, seconds=1.0)
+    assert reads() == ["y.wav"] and reads() == []
+    for damage in (b"", b"\xff", b"[1]", b'{"a/x.wav": [1, 2]}', file.read_bytes()[:-9]):
+        file.write_bytes(damage)
+        assert reads() == ["x.wav", "y.wav"] and reads() == []
+    with ThreadPoolExecutor(4) as pool:  # at once
+        file.unlink()
+        list(pool.map(lambda _: data.read_headers(tmp_path, [tmp_path / "a" / "x.wav"]), range(8)))
+    assert list((cache / "codecformer").iterdir()) == [file] and reads() == ["y.wav"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a" / "x.wav"))  # no folder can be made there
+    assert reads() == reads() == ["x.wav", "y.wav"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "x.wav", "y.wav"]
+
+
+def test_broken_headers_are_named_when_the_folder_is_opened(tmp_path):
+    for voice in ("a", "b"):
+        write_tone(tmp_path / voice / "x.wav", 300)
+    (tmp_path / "a" / "broken.wav").write_text("no audio here")
+    sf.write(tmp_path / "b" / "empty.wav", np.zeros(0), 8000)
+    with pytest.raises(DataError, match=r"a/broken.wav as audio .*, nor 1 more: ") as caught:
+        SpeakerMixtures(tmp_path, 8000, 1.0, 1)
+    assert "\n" not in str(caught.value)
 
 
 # The programs --------------------------------------------------------------------------------------------------------
