@@ -12,14 +12,17 @@ import pickle
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from scipy.optimize import brentq
 
 import dac_wrapper
+import data
 import evaluate
 import train
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,7 +40,15 @@ from codecformer import (
     sinusoidal_positions,
 )
 from dac_wrapper import ASSETS, Codec, CodecError, import_dac, load_dac, measure_lag
-from data import DataError, FixedMixtures, SpeakerMixtures, read_audio, resample, write_fixed_set
+from data import (
+    DataError,
+    FixedMixtures,
+    SpeakerMixtures,
+    active_speech_level,
+    read_audio,
+    resample,
+    write_fixed_set,
+)
 from losses import LOSSES, ON_LATENTS, keep_hard, pairwise_negative_si_sdr, pit, reorder, si_sdr
 
 HERE = Path(__file__).parent
@@ -631,6 +642,334 @@ def test_bad_folders_are_refused(tmp_path):
     (tmp_path / "set" / "s2" / "x.wav").unlink()
     with pytest.raises(DataError, match="missing"):
         FixedMixtures(tmp_path / "set", 8000)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    data.main()
+
+
+def level_db(signal) -> float:
+    return 10 * np.log10(np.mean(np.square(signal, dtype=np.float64)))
+
+
+def p56_level(amplitude, on, pause) -> tuple[float, float]:
+    """P.56 level and activity of a sine of `on` s and then silence of `pause` s, from the formula of its envelope."""
+
+    level = 10 * np.log10(amplitude**2 / 2)
+    for _ in range(20):  # the level depends on the active time, and that on the level
+        share = 10 ** ((level - 15.9) / 20) / (2 * amplitude / np.pi)
+        # The envelope, two 30 ms averages, goes as 1 - (1 + u) e^-u up and as (1 + u) e^-u down.
+        rise = 0.03 * brentq(lambda u: 1 - (1 + u) * np.exp(-u) - share, 0, 50)
+        fall = 0.03 * brentq(lambda u: (1 + u) * np.exp(-u) - share, 0, 50)
+        active = on - rise + min(fall + 0.2, pause)
+        level = 10 * np.log10(amplitude**2 / 2 * on / active)
+    return level, active / (on + pause)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000])
+@pytest.mark.parametrize("amplitude, on, pause", [(0.3, 2.0, 1.0), (0.001, 0.5, 0.6), (20.0, 1.0, 4.0)])
+def test_active_speech_level_closed_form(rate, amplitude, on, pause):
+    time = np.arange(round((on + pause) * rate)) / rate
+    audio = np.tile(amplitude * np.sin(2 * np.pi * 997 * time) * (time < on), 6)
+    level, activity = active_speech_level(audio, rate)
+    expected = p56_level(amplitude, on, pause)
+    assert level == pytest.approx(expected[0], abs=0.02) and activity == pytest.approx(expected[1], abs=0.002)
+    assert level > level_db(audio) + 0.5  # the plain mean power wouldn't do
+
+
+def test_active_speech_level_between_two_thresholds():
+    """A sine that dies away by e every second: its envelope is the same line in dB all the way."""
+    time = np.arange(48000) / 8000
+    for amplitude in 10 ** (np.arange(0, 3.5, 0.5) / 20):  # thresholds lie 3 dB apart
+        level = 10 * np.log10(amplitude**2 / 4)
+        for _ in range(20):
+            start = 2 * amplitude / np.pi / (1 - 0.03) ** 2  # of the envelope, by the gain of its two averages
+            active = np.log(start / 10 ** ((level - 15.9) / 20)) + 0.2
+            level = 10 * np.log10(amplitude**2 / 4 / active)
+        audio = amplitude * np.exp(-time) * np.sin(2 * np.pi * 997 * time)
+        assert active_speech_level(audio, 8000)[0] == pytest.approx(level, abs=0.1)  # 0.04 of it: the start
+
+
+def test_active_speech_level_of_silence_and_of_a_click():
+    assert active_speech_level(np.zeros(8000), 8000) == (-math.inf, 0.0)
+    assert all(np.isfinite(active_speech_level(np.eye(1, 8000)[0], 8000)))
+
+
+def shorten(samples) -> bytes:
+    """A Shorten 2 stream (Robinson, CUED/F-INFENG/TR.156) of blocks without prediction."""
+
+    def uvar(value, k):
+        return "0" * (value >> k) + "1" + (format(value & ((1 << k) - 1), f"0{k}b") if k else "")
+
+    def ulong(value):
+        return uvar(value.bit_length(), 2) + uvar(value, value.bit_length())
+
+    bits = [ulong(value) for value in (5, 1, 256, 0, 0, 0)]  # 16 bits low byte first, 1 channel, blocks of 256
+    for start in range(0, len(samples), 256):
+        block = [int(s) for s in samples[start : start + 256]]
+        bits += [uvar(5, 2) + ulong(len(block))] if len(block) < 256 else []
+        bits += [uvar(0, 2) + uvar(11, 3), *(uvar(2 * s if s >= 0 else -2 * s - 1, 12) for s in block)]
+    bits = "".join([*bits, uvar(4, 2)])
+    return b"ajkg\2" + int(bits.ljust(-len(bits) % 8 + len(bits), "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+
+
+def write_sphere(path, audio, compressed):
+    samples = np.round(audio * 32767).astype(np.int16)
+    head = f"NIST_1A\n   1024\nsample_count -i {len(samples)}\nsample_rate -i 16000\nchannel_count -i 1\n"
+    head += f"sample_n_bytes -i 2\nsample_byte_format -s2 {'01' if compressed else '10'}\nsample_coding "
+    head += "-s26 pcm,embedded-shorten-v2.00\nend_head\n" if compressed else "-s3 pcm\nend_head\n"
+    path.write_bytes(head.encode().ljust(1024) + (shorten(samples) if compressed else samples.astype(">i2").tobytes()))
+
+
+# Utterance: hertz, amplitude, seconds of tone, seconds of pause after it. The last one cancels the first one's tone.
+TONES = {"01aa010b": (440, 0.5, 2.0, 0.0), "209a010p": (700, 0.05, 1.0, 1.5), "053o020f": (440, -0.2, 2.5, 0.5)}
+
+
+@pytest.fixture
+def wsj0(tmp_path) -> Path:
+    """Three tones as WSJ0 may lie on a disk, the first compressed by Shorten and with a louder hum of 50 Hz."""
+    for (name, (hertz, amplitude, on, pause)), suffix in zip(TONES.items(), (".wv1", ".WV1", ".wav")):
+        time = np.arange(round((on + pause) * 16000)) / 16000
+        audio = amplitude * np.sin(2 * np.pi * hertz * time) * (time < on)
+        path = tmp_path / "disc" / "wsj0" / "si_tr_s" / name[:3] / (name + suffix)
+        path.parent.mkdir(parents=True)
+        if suffix == ".wav":
+            sf.write(path, audio, 16000)
+        else:
+            hum = 0.7 * np.sin(2 * np.pi * 50 * time) * (name == "01aa010b")
+            write_sphere(path, 0.8 * (audio + hum), compressed=suffix == ".wv1")
+    (tmp_path / "lists").mkdir()
+    paths = [f"wsj0/si_tr_s/{name[:3]}/{name}.wav" for name in TONES]
+    lines = [f"{paths[0]} 0.97482 {paths[1]} -0.97482", f"{paths[2]} 0.0597142 {paths[0]} -0.0597142"]
+    (tmp_path / "lists" / "mix_2_spk_tr.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "lists" / "mix_3_spk_tt.txt").write_text(f"{paths[0]} 2.5 {paths[1]} 0 {paths[2]} -2.5\n")
+    return tmp_path
+
+
+def test_wsj0_mixtures_follow_the_published_recipe(wsj0, monkeypatch):
+    rates_and_modes = "--sample_rate", 8000, 16000, "--mode", "min", "max"
+    for root in ("disc", "disc/wsj0"):
+        out = wsj0 / f"out of {root.replace('/', '_')}"
+        command(monkeypatch, "wsj0", "--wsj0", wsj0 / root, "--lists", wsj0 / "lists", "--out", out, *rates_and_modes)
+    expected = {  # names as published: five digits of the level
+        "2speakers/{}/{}/tr": ["01aa010b_0.97482_209a010p_-0.97482", "053o020f_0.059714_01aa010b_-0.059714"],
+        "3speakers/{}/{}/tt": ["01aa010b_2.5_209a010p_0_053o020f_-2.5"],
+    }
+    for rate, mode, (folder, names) in itertools.product((8000, 16000), ("min", "max"), expected.items()):
+        folder = out / folder.format(f"wav{rate // 1000}k", mode)
+        fixed = FixedMixtures(folder, rate)
+        assert [item["name"] for item in fixed] == names and fixed.n_speakers == int(folder.parts[-4][0])
+        assert {p.name for p in folder.iterdir()} == {"mix", *(f"s{k + 1}" for k in range(fixed.n_speakers))}
+        for item in fixed:
+            parts = item["name"].split("_")
+            tones = [TONES[name] for name in parts[::2]]
+            assert len(item["mixture"]) == {"min": min, "max": max}[mode](on + off for *_, on, off in tones) * rate
+            assert np.abs(item["sources"].sum(0) - item["mixture"]).max() <= 2 / 32768
+            assert max(np.abs(item["sources"]).max(), np.abs(item["mixture"]).max()) == round(0.9 * 32768) / 32768
+            levels = []
+            for source, (hertz, _, on, pause) in zip(item["sources"], tones):
+                wave = np.exp(-2j * np.pi * hertz * np.arange(rate) / rate)
+                amplitude = 2 * np.abs(np.mean(source[:rate] * wave))  # its hum has no part in this
+                levels.append(p56_level(amplitude, on, pause)[0])
+            wanted = [float(level) for level in parts[1::2]]
+            assert np.subtract(levels, levels[0]) == pytest.approx(np.subtract(wanted, wanted[0]), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("wsj0/si_tr_s/01a/01aa010b.wav 1.0 wsj0/si_tr_s/209/209a010z.wav -1.0", "209a010z.wav is missing below"),
+        ("wsj0/si_tr_s/01a/01aa010b.wav 1.0 wsj0/si_tr_s/209/209a010p.wav", "line 3, isn't 2 times"),
+        ("wsj0/si_tr_s/01a/01aa010b.wav loud wsj0/si_tr_s/209/209a010p.wav soft", "line 3, isn't 2 times"),
+        ("wsj0/si_tr_s/01a/01aa010b.wav nan wsj0/si_tr_s/209/209a010p.wav 0", "line 3, isn't 2 times"),
+        ("wsj0/si_tr_s/01a/01aa010b.wav 0 wsj0/si_tr_s/053/silent.wav 0", "silent.wav is silent"),
+        ("wsj0/si_tr_s/01a/01aa010b.wav 0 wsj0/si_tr_s/053/broken.wav 0", "can't read .*broken.wv1"),
+    ],
+)
+def test_wsj0_mistakes_are_named_and_leave_nothing_behind(wsj0, monkeypatch, line, message):
+    folder = wsj0 / "disc" / "wsj0" / "si_tr_s" / "053"
+    sf.write(folder / "silent.wav", np.zeros(16000), 16000)
+    write_sphere(folder / "broken.wv1", np.ones(16000), compressed=True)
+    (folder / "broken.wv1").write_bytes((folder / "broken.wv1").read_bytes()[:5000])
+    with open(wsj0 / "lists" / "mix_2_spk_tr.txt", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        command(monkeypatch, "wsj0", "--wsj0", wsj0 / "disc", "--lists", wsj0 / "lists", "--out", wsj0 / "out")
+    assert "\n" not in str(caught.value) and sorted(p.name for p in wsj0.iterdir()) == ["disc", "lists"]
+    with pytest.raises(DataError, match="holds no lists"):
+        command(monkeypatch, "wsj0", "--wsj0", wsj0 / "disc", "--lists", wsj0 / "disc", "--out", wsj0 / "out")
+
+
+@pytest.fixture
+def librimix(tmp_path) -> Path:
+    """LibriMix's folders with three mixtures of noise signals, as create_librimix_from_metadata.py lays them out."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "Libri2Mix" / "wav8k" / "min" / "test"
+    (root.parent / "metadata").mkdir(parents=True)
+    for mix in ("mix_clean", "mix_both"):
+        noise_path = ["noise_path"] if mix == "mix_both" else []
+        rows = [["mixture_ID", "mixture_path", "source_1_path", "source_2_path", *noise_path, "length"]]
+        for k, length in enumerate((8000, 6000, 7000)):
+            s1, s2, noise = np.random.default_rng(k).integers(-9000, 9000, (3, length)).astype(np.int16)
+            signals = {"s1": s1, "s2": s2, "noise": noise, mix: s1 + s2 + (noise if noise_path else 0)}
+            for folder, signal in signals.items():
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                sf.write(root / folder / f"{k}-a_{k}-b.wav", signal, 8000, subtype="PCM_16")
+            rows.append([f"{k}-a_{k}-b", *["/somewhere/else.wav"] * (len(rows[0]) - 2), length])
+        rng.shuffle(rows[1:])
+        with open(root.parent / "metadata" / f"mixture_test_{mix}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    return root
+
+
+def test_librimix_is_read_with_and_without_its_tables_and_noise(librimix, monkeypatch):
+    read = lambda folder, name: read_audio(librimix / folder / f"{name}.wav")[0]  # noqa: E731
+    opened = []
+    info = sf.info
+    monkeypatch.setattr(sf, "info", lambda path: opened.append(path) or info(path))
+    for tables in (True, False):
+        if not tables:
+            for table in (librimix.parent / "metadata").iterdir():
+                table.unlink()
+        clean, both = FixedMixtures(librimix, 8000), FixedMixtures(librimix, 8000, mix="mix_both")
+        assert len(opened) == (2 if tables else 2 + 10)  # with a table just one, for the rate; then all not yet known
+        assert clean.lengths == both.lengths == [8000, 6000, 7000] and clean.n_speakers == 2
+        for a, b in zip(clean, both):
+            assert np.array_equal(a["mixture"], a["sources"].sum(0)) and np.array_equal(a["sources"], b["sources"])
+            assert np.array_equal(b["mixture"], b["sources"].sum(0) + read("noise", b["name"]))
+    cuts = FixedMixtures(librimix, 8000, seconds=0.5, speeds=(80, 125), mix="mix_both")
+    for item in cuts:
+        rest, noise = item["mixture"] - item["sources"].sum(0), read("noise", item["name"])
+        assert any(np.allclose(rest, noise[k : k + 4000], atol=1e-5) for k in range(len(noise) - 3999))
+
+
+def test_sets_that_do_not_fit_are_refused_when_opened(librimix):
+    table = librimix.parent / "metadata" / "mixture_test_mix_clean.csv"
+    (librimix / "s1" / "extra.wav").touch()  # nothing asks for it
+    whole = table.read_text()
+    for text, message in ((whole + "x,y,z,z,1\n", "differ in x"), (whole.replace("length", "size"), "is no table")):
+        table.write_text(text)
+        with pytest.raises(DataError, match=message):
+            FixedMixtures(librimix, 8000)
+    table.write_text(whole.replace("6000", "6001"))
+    with pytest.raises(DataError, match="has 6000 samples, its mixture 6001"):
+        FixedMixtures(librimix, 8000)[1]
+    table.unlink()
+    with pytest.raises(DataError, match="8000 Hz, the model works at 16000"):
+        FixedMixtures(librimix, 16000)
+    sf.write(librimix / "s2" / "2-a_2-b.wav", np.ones(6999), 8000)
+    with pytest.raises(DataError, match="s2/2-a_2-b.wav has 6999 samples, its mixture 7000"):
+        FixedMixtures(librimix, 8000)
+
+
+def write_noise(folder, n=3, seconds=0.3):
+    for k in range(n):  # short, stereo and in subfolders, like WHAM!'s
+        path = folder / "tr" / f"{k}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sf.write(path, np.random.default_rng(k).normal(0, 0.1, (round(seconds * 16000), 2)), 16000)
+    return folder
+
+
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_noise_is_mixed_at_the_chosen_snr_and_only_into_the_mixture(tmp_path, rate):
+    noise = write_noise(tmp_path / "noise")
+
+    def snr(item):
+        speech = item["sources"].sum(0)
+        return level_db(speech) - level_db(item["mixture"] - speech)
+
+    for n_speakers in (2, 5):
+        clean = SpeakerMixtures(SPEECH, rate, 0.5, 20, n_speakers=n_speakers)
+        exact, spread = (
+            SpeakerMixtures(SPEECH, rate, 0.5, 20, n_speakers=n_speakers, noise=noise, snr=snr)
+            for snr in ((5, 5), (-6, 3))
+        )
+        assert all(snr(exact[k]) == pytest.approx(5, abs=1e-3) for k in range(5))
+        spread_snr = [snr(spread[k]) for k in range(20)]
+        assert -6.001 <= min(spread_snr) < -4 and 1 < max(spread_snr) <= 3.001
+        a, b = clean[3], spread[3]
+        gain = np.linalg.norm(b["sources"]) / np.linalg.norm(a["sources"])
+        assert a["name"] == b["name"] and len(set(a["name"].split("_"))) == n_speakers == len(b["sources"])
+        assert np.allclose(a["sources"] * gain, b["sources"], atol=1e-5) and same(b, spread[3])
+        assert b["mixture"].shape == (rate // 2,) and np.abs(b["mixture"]).max() <= 0.9001
+
+
+def test_a_noisy_fixed_set_reads_back_sample_exact(tmp_path, monkeypatch):
+    noise = write_noise(tmp_path / "noise")
+    settings = "--sample_rate 16000 --n 3 --seconds 0.5 --n_speakers 3 --snr -2 4".split()
+    command(monkeypatch, "mix", "--speech", SPEECH, "--noise", noise, "--out", tmp_path / "set", *settings)
+    original = SpeakerMixtures(SPEECH, 16000, 0.5, 3, n_speakers=3, noise=noise, snr=(-2, 4))
+    fixed = FixedMixtures(tmp_path / "set", 16000)
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["mix_both", "noise", "s1", "s2", "s3"]
+    for item, wanted, path in zip(fixed, original, sorted((tmp_path / "set" / "noise").iterdir())):
+        assert np.array_equal(item["mixture"], item["sources"].sum(0) + read_audio(path)[0])
+        assert np.abs(item["sources"] - wanted["sources"]).max() <= 0.5001 / 32768
+        assert np.abs(item["mixture"] - wanted["mixture"]).max() <= 2.001 / 32768
+    assert len(fixed) == 3
+
+
+def test_wrong_noise_and_numbers_of_speakers_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    sf.write(tmp_path / "silent.wav", np.zeros(8000), 8000)
+    for settings, message in (
+        (dict(noise=tmp_path / "empty"), "empty holds no wav"),
+        (dict(noise=tmp_path, snr=(3, -6)), "from low to high"),
+        (dict(n_speakers=6), "2 to 5"),
+        (dict(n_speakers=1), "2 to 5"),
+    ):
+        with pytest.raises(DataError, match=message):
+            SpeakerMixtures(SPEECH, 8000, 0.5, 1, **settings)
+    with pytest.raises(DataError, match="20 segments of the noise in a row were silent"):
+        SpeakerMixtures(SPEECH, 8000, 0.5, 1, noise=tmp_path)[0]
+    with pytest.raises(DataError, match="needs --noise"):
+        command(monkeypatch, "mix", "--speech", SPEECH, "--out", tmp_path / "set", "--snr", 0, 5)
+
+
+def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, cache, monkeypatch):
+    write_tone(tmp_path / "a" / "x.wav", 300)
+    write_tone(tmp_path / "b" / "y.wav", 400)
+    opened = []
+    info = sf.info
+    monkeypatch.setattr(sf, "info", lambda path: opened.append(path.name) or info(path))
+
+    def reads():
+        opened.clear()
+        item = SpeakerMixtures(tmp_path, 8000, 1.0, 1)[0]
+        assert item["mixture"].shape == (8000,)
+        return sorted(opened)
+
+    assert reads() == ["x.wav", "y.wav"] and reads() == []
+    (file,) = (cache / "codecformer").iterdir()
+    write_tone(tmp_path / "b" / "y.wav", 400, rate=16000, seconds=1.0)
+    assert reads() == ["y.wav"] and reads() == []
+    for damage in (b"", b"\xff", b"[1]", b'{"a/x.wav": [1, 2]}', file.read_bytes()[:-9]):
+        file.write_bytes(damage)
+        assert reads() == ["x.wav", "y.wav"] and reads() == []
+    with ThreadPoolExecutor(4) as pool:  # at once
+        file.unlink()
+        list(pool.map(lambda _: data.read_headers(tmp_path, [tmp_path / "a" / "x.wav"]), range(8)))
+    assert list((cache / "codecformer").iterdir()) == [file] and reads() == ["y.wav"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a" / "x.wav"))  # no folder can be made there
+    assert reads() == reads() == ["x.wav", "y.wav"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "x.wav", "y.wav"]
+
+
+def test_broken_headers_are_named_when_the_folder_is_opened(tmp_path):
+    for voice in ("a", "b"):
+        write_tone(tmp_path / voice / "x.wav", 300)
+    (tmp_path / "a" / "broken.wav").write_text("no audio here")
+    sf.write(tmp_path / "b" / "empty.wav", np.zeros(0), 8000)
+    with pytest.raises(DataError, match=r"a/broken.wav as audio .*, nor 1 more: ") as caught:
+        SpeakerMixtures(tmp_path, 8000, 1.0, 1)
+    assert "\n" not in str(caught.value)
 
 
 # The programs --------------------------------------------------------------------------------------------------------
