@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from codecformer import Codecformer, Sepformer, separate
 from dac_wrapper import ASSETS, DAC_16KHZ, Codec, CodecError, measure_lag, random_dac
-from data import DataError, FixedMixtures, Parser, read_audio, resample
+from data import MIX_FOLDERS, DataError, FixedMixtures, Parser, read_audio, resample
 from losses import pairwise_negative_si_sdr, pit, reorder, si_sdr
 from train import (
     SettingsError, build_model, check_codec, git_revision, load_checkpoint, open_mixtures, parse_args, restore_model,
@@ -278,7 +278,7 @@ mixtures.</p>
 
 
 def open_set(args, codec, n_speakers: int) -> FixedMixtures:
-    dataset = FixedMixtures(args.data, codec.sample_rate)
+    dataset = FixedMixtures(args.data, codec.sample_rate, mix=args.mix_folder)
     if dataset.n_speakers != n_speakers:
         raise SettingsError(f"{args.data} mixes {dataset.n_speakers} speakers, the separator has {n_speakers} outputs")
     return dataset
@@ -656,6 +656,7 @@ def main():
     parser.add_argument("--ckpt", nargs="+", default=[str(ASSETS / "separator.pt")], help="checkpoint of train.py")
     parser.add_argument("--codec", help="where the checkpoint's codec lies now, if it has moved")
     parser.add_argument("--data", default=str(ASSETS / "test_mixtures"), help="folder with mix or mix_clean, s1, s2")
+    parser.add_argument("--mix_folder", choices=MIX_FOLDERS, help="of the set, where it has several")
     parser.add_argument("--situations", action="store_true", help="the paper's table, for one or several --ckpt")
     parser.add_argument("--cost", action="store_true", help="what Codecformer and Sepformer cost, side by side")
     parser.add_argument("--compile", action="store_true", help="torch.compile the separator")

@@ -14,6 +14,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1188,7 +1189,37 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         assert message in (stderr.strip().splitlines() or [""])[-1], (message, process.returncode, stderr)
 
 
-@pytest.mark.parametrize("config", sorted(p.name for p in (HERE / "config").glob("*.txt")))
-def test_every_config_is_understood(config):
-    args = train.parse_args([f"@{HERE / 'config' / config}"])
-    assert args.n_layers == 16 and args.d_model == 256 and args.lr == 1.5e-4 and args.batch_size == 1
+CONFIGS = sorted(p.name for p in (HERE / "config").glob("*.txt"))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_holds_the_papers_settings_and_starts(config, tmp_path, official_file):
+    """Three real steps of the full-size model, on a set of the same layout and a file of the official codec's format."""
+    args = train.parse_args([f"@config/{config}"])
+    sepformer = config.startswith("sepformer")
+    assert (args.lr, args.clip, args.batch_size, args.threshold, args.accumulate) == (1.5e-4, 5, 1, -30, 1)
+    assert (args.schedule, args.patience, args.plateau_start) == ("plateau", 2, 5) and args.speeds == [95, 100, 105]
+    assert (args.quantize_before, args.quantize_after) == ("rvq" in config,) * 2
+    assert args.loss == ("csi_sdr" if "csi_sdr" in config else "si_sdr") and args.loss_seconds == 0
+    assert args.codec == "dac_16khz" and args.sample_rate == 8000
+    assert args.out == f"runs/{config.removesuffix('.txt')}" and args.epochs == (80 if "libri" in config else 200)
+    model = train.build_model(args, SimpleNamespace(latent_dim=1024))
+    assert sum(p.numel() for p in model.parameters()) == (25_679_361 if sepformer else 17_361_408)
+
+    for split, name in (("tr", "data"), ("cv", "valid")):
+        layout = Path(getattr(args, name))  # Libri2Mix/wav8k/min/train-360, wsj0-mix/2speakers/wav8k/min/tr
+        folder = tmp_path / layout
+        mixtures = SpeakerMixtures(SPEECH, 8000, 0.4, 3 if name == "data" else 1, seed=len(split + name))
+        for index in range(len(mixtures)):
+            item = mixtures[index]
+            for part, signal in zip((args.mix_folder or "mix", "s1", "s2"), (item["mixture"], *item["sources"])):
+                (folder / part).mkdir(parents=True, exist_ok=True)
+                sf.write(folder / part / f"{index}.wav", signal, 8000)
+    (tmp_path / "config").symlink_to(HERE / "config")
+    command = ["-W", "ignore", HERE / "train.py", f"@config/{config}", "--codec", official_file[0], "--epochs", "1"]
+    result = run(*command, "--seconds", "0.3", "--workers", "0", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    (row,) = [row for row in logged(tmp_path / args.out) if row["epoch"] == "1"]
+    assert row["step"] == "3" and math.isfinite(float(row["loss"])) and row["skipped"] == "0"
+    saved = train.load_checkpoint(tmp_path / args.out / "best.pt")
+    assert saved["separator"] == args.model and saved["codec"]["name"] == str(official_file[0])

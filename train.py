@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from codecformer import ACTIVATIONS, FEATURES, SEPARATORS, estimate_latents, separate
 from dac_wrapper import ASSETS, Codec, CodecError, first_line
-from data import DataError, FixedMixtures, Parser, SpeakerMixtures, is_fixed_set
+from data import MIX_FOLDERS, WHAM_SNR, DataError, FixedMixtures, Parser, SpeakerMixtures, is_fixed_set
 from losses import LOSSES, ON_LATENTS, keep_hard, pairwise_latent_error, pairwise_negative_si_sdr, pit, si_sdr
 
 
@@ -59,6 +59,9 @@ def parse_args(argv=None):
     add("--seconds", type=float, default=2.0, help="length of a training segment")
     add("--speeds", type=int, nargs="+", default=[90, 95, 100, 105, 110], help="percent, drawn per source")
     add("--n_speakers", type=int, default=2)
+    add("--mix_folder", choices=MIX_FOLDERS, help="of a fixed set, where it has several")
+    add("--noise", help="folder of noise for mixtures drawn on the fly")
+    add("--snr", type=float, nargs=2, default=WHAM_SNR, metavar=("LOW", "HIGH"), help="dB of the speech over the noise")
     add("--epoch_size", type=int, default=2400, help="mixtures an epoch (a fixed set has its own size)")
     add("--valid_size", type=int, default=40, help="validation mixtures drawn from a folder of speakers")
     add("--cache", help="folder for the latents of a fixed set, encoded once; for --loss embedding")
@@ -136,10 +139,13 @@ def open_mixtures(path, args, size: int, seed: int, train: bool):
     """A folder of speakers, mixed on the fly, or a fixed set; cut and perturbed only for training."""
     speeds = args.speeds if train else [100]
     if is_fixed_set(path):
-        dataset = FixedMixtures(path, args.sample_rate, args.seconds if train else None, seed, speeds)
+        seconds = args.seconds if train else None
+        dataset = FixedMixtures(path, args.sample_rate, seconds, seed, speeds, args.mix_folder)
     else:
         seconds = args.seconds if train else 4.0
-        dataset = SpeakerMixtures(path, args.sample_rate, seconds, size, seed, args.n_speakers, speeds)
+        dataset = SpeakerMixtures(
+            path, args.sample_rate, seconds, size, seed, args.n_speakers, speeds, noise=args.noise, snr=args.snr
+        )
     if dataset.n_speakers != args.n_speakers:
         raise SettingsError(f"{path} has {dataset.n_speakers} speakers a mixture, --n_speakers says {args.n_speakers}")
     return dataset
