@@ -9,8 +9,12 @@ import json
 import math
 import os
 import pickle
+import signal
+import struct
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,15 +24,15 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from hypothesis import given, settings, strategies as st
 from scipy.optimize import brentq
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import dac_wrapper
 import data
 import evaluate
 import train
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
 from codecformer import (
     ACTIVATIONS,
     Codecformer,
@@ -621,10 +625,9 @@ def bad_recordings(folder: Path) -> list[Path]:
 
 def test_each_bad_recording_is_one_clear_line_that_names_it(tmp_path, codec):
     model = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
-    checkpoint = {"quantize_before": False, "quantize_after": False}
     for path in bad_recordings(tmp_path):
         with pytest.raises(DataError) as caught:
-            evaluate.separate_file(model, codec, checkpoint, path)
+            separate_wav(model, codec, path)
         assert path.name in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -1125,15 +1128,133 @@ def test_bundled_weights_beat_the_mixture_on_speakers_never_trained_on():
     [(8000, 1, 800, "PCM_16"), (44100, 2, 30001, "PCM_24"), (22050, 6, 4444, "FLOAT"), (11025, 1, 20000, "PCM_U8")],
 )
 def test_separated_recordings_keep_rate_length_and_level(trained, codec, tmp_path, rate, channels, samples, subtype):
-    model, codec, checkpoint = evaluate.load_separator(trained / "best.pt", "cpu")
+    model, codec, _ = evaluate.load_separator(trained / "best.pt", "cpu")
     with torch.no_grad():  # masks of one half each, so that the level that must come back is known
         model.mask_activation = Constant(0.5)
     wav = 0.2 * np.sin(2 * np.pi * 300 * np.arange(samples) / rate)
     sf.write(tmp_path / "mix.wav", np.repeat(wav[:, None], channels, 1), rate, subtype=subtype)
-    estimates, out_rate = evaluate.separate_file(model, codec, checkpoint, tmp_path / "mix.wav")
+    estimates, out_rate = separate_wav(model, codec, tmp_path / "mix.wav")
     assert out_rate == rate and estimates.shape == (2, samples)
     middle = slice(samples // 4, -samples // 4)
     assert estimates[:, middle].std() == pytest.approx(wav[middle].std() / 2, rel=0.1)
+
+
+def separate_wav(model, codec, path):
+    """What `separate_file` writes: (estimates [S, T], rate). Nothing else may stay behind."""
+    checkpoint = {"quantize_before": False, "quantize_after": False}
+    with tempfile.TemporaryDirectory() as folder:
+        targets = [Path(folder) / f"s{k + 1}.wav" for k in range(model.config.n_speakers)]
+        try:
+            evaluate.separate_file(model, codec, checkpoint, path, targets)
+        except BaseException:
+            assert not any(Path(folder).iterdir())
+            raise
+        assert sorted(Path(folder).iterdir()) == targets
+        estimates, rates = zip(*(sf.read(target, dtype="float32") for target in targets))
+        return np.stack(estimates), rates[0]
+
+
+class Bands(torch.nn.Module):
+    """Gives each of S speakers a band of the bundled codec's latents, in another order at each call."""
+
+    def __init__(self, n_speakers, seed=0):
+        super().__init__()
+        self.config = CodecformerConfig(n_speakers=n_speakers)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.orders = []
+
+    def forward(self, latents):
+        s = self.config.n_speakers
+        self.orders.append(torch.randperm(s, generator=self.generator))
+        band = torch.arange(160).repeat(2) * s // 160  # 160 cosines and 160 sines, from 0 to 4 kHz
+        masks = (band == torch.arange(s)[:, None])[self.orders[-1]].float()
+        return masks[None, :, :, None].expand(len(latents), -1, -1, latents.shape[-1])
+
+
+def talkers(n_speakers, seconds, rate):
+    """Known sources [S, T]: a chirping tone in each one's band, at times silent for seconds."""
+    rng, time = np.random.default_rng(n_speakers), np.arange(round(seconds * rate)) / rate
+    sources = []
+    for k in range(n_speakers):
+        width = 4000 / n_speakers
+        tone = np.sin(2 * np.pi * (k + 0.4) * width * time + 0.15 * width * np.sin(2 * np.pi * 0.7 * time))
+        level = rng.choice([0, 0.01, 0.1, 0.3], math.ceil(seconds))
+        level[[0, -2, -1]] = 0  # the codec has nothing to overlap with at either end
+        level = np.repeat(level, rate)[: len(time)]
+        sources.append(tone * np.convolve(level, np.hanning(rate // 4) / np.hanning(rate // 4).sum(), "same"))
+    return np.stack(sources).astype(np.float32)
+
+
+@pytest.mark.parametrize("n_speakers, rate, seconds", [(2, 8000, 32.77), (3, 44100, 14.3), (4, 11025, 23)])
+def test_windows_join_to_the_whole_and_no_speaker_swaps(codec, tmp_path, monkeypatch, n_speakers, rate, seconds):
+    """Masks that depend on the time at hand alone show what the joints do, and known sources who is who."""
+    sources = talkers(n_speakers, seconds, rate)
+    sf.write(tmp_path / "mix.wav", np.repeat(sources.sum(0)[:, None], 2, 1), rate, subtype="FLOAT")
+    whole, _ = separate_wav(Bands(n_speakers), codec, tmp_path / "mix.wav")
+    monkeypatch.setattr(evaluate, "WINDOW", 5)
+    monkeypatch.setattr(evaluate, "OVERLAP", 2)
+    model = Bands(n_speakers)
+    windows, _ = separate_wav(model, codec, tmp_path / "mix.wav")
+    assert len({tuple(order.tolist()) for order in model.orders}) > 1 and len(model.orders) > 4
+    assert windows.shape == sources.shape
+    # The first window decides the order; from there on every second of it belongs to one speaker.
+    order = model.orders[0].numpy()
+    for start in range(0, sources.shape[1], rate):
+        part = slice(start, start + rate)
+        for estimate, source in zip(windows[:, part], sources[order][:, part]):
+            assert np.abs(estimate - source).max() < 0.1 * max(np.abs(source).max(), 0.05)
+    assert si_sdr(torch.from_numpy(windows), torch.from_numpy(whole)).min() > 30
+
+
+def test_a_recording_of_one_window_is_separated_as_a_whole(codec, speech, tmp_path):
+    model = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
+    sf.write(tmp_path / "mix.wav", speech.sum(0).numpy(), 8000, subtype="FLOAT")
+    with torch.no_grad():
+        whole = separate(model, codec, speech.sum(0, keepdim=True))[0]
+    assert np.array_equal(separate_wav(model, codec, tmp_path / "mix.wav")[0], whole.numpy())
+
+
+@pytest.mark.parametrize("length", [1, 8000, 8001, 79999, 80000, 80001, 80002, 120000, 120001, 1234567])
+def test_windows_cover_every_length_and_overlap_enough(monkeypatch, length):
+    monkeypatch.setattr(evaluate, "WINDOW", 10)
+    monkeypatch.setattr(evaluate, "OVERLAP", 3)
+    starts = evaluate.window_starts(length, 8000)
+    ends = [min(start + 80000, length) for start in starts]
+    assert starts[0] == 0 and ends[-1] == length and (len(starts) > 1) == (length > 80000)
+    assert all(end - start > 72000 for start, end in zip(starts, ends)) or len(starts) == 1
+    assert all(end - start >= 24000 for start, end in zip(starts[1:], ends))
+    assert all(start % 8000 == 0 for start in starts) and starts == sorted(set(starts))
+
+
+def test_a_bad_recording_is_named_and_the_others_are_separated(trained, tmp_path):
+    bad = bad_recordings(tmp_path)
+    for total in (0, 2**36 - 1):  # samples that a FLAC file says it has: unknown, and far more than are there
+        path = tmp_path / f"says_{total}.flac"
+        sf.write(path, np.zeros(8000), 8000)
+        flac = bytearray(path.read_bytes())
+        flac[21:26] = (int.from_bytes(flac[21:26], "big") >> 36 << 36 | total).to_bytes(5, "big")
+        path.write_bytes(flac)
+        bad.append(path)
+    for name in "ab":
+        write_tone(tmp_path / f"{name}.wav", 300)
+    flags = ["--ckpt", trained / "best.pt", "--out", tmp_path / "out"]
+    result = run("evaluate.py", *flags, "--mix", bad[0], tmp_path / "a.wav", *bad[1:], tmp_path / "b.wav")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(errors) == len(bad) and "Traceback" not in result.stderr
+    assert all(path.name in line for path, line in zip(bad, errors))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_s1.wav", "a_s2.wav", "b_s1.wav", "b_s2.wav"]
+
+
+def test_an_interrupted_separation_leaves_nothing_half_written(trained, tmp_path):
+    sf.write(tmp_path / "long.wav", np.random.default_rng(0).standard_normal(8000 * 1200) / 8, 8000)
+    flags = ["--ckpt", trained / "best.pt", "--out", tmp_path / "out", "--mix", tmp_path / "long.wav"]
+    process = subprocess.Popen([sys.executable, "evaluate.py", *flags], stderr=subprocess.PIPE, text=True, cwd=HERE)
+    while not list(tmp_path.glob("out/*.part")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # Ctrl-C's SIGINT goes the same way
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and not any((tmp_path / "out").iterdir())
+    assert stderr.splitlines()[-1] == "error: interrupted" and "Traceback" not in stderr
 
 
 class Constant(torch.nn.Module):
@@ -1143,6 +1264,68 @@ class Constant(torch.nn.Module):
 
     def forward(self, x):
         return torch.full_like(x, self.value)
+
+
+RATES = [1000, 1009, 7999, 8000, 11025, 44100, 48000, 96000, 192000]
+FORMATS = [(8, 1), (16, 1), (24, 1), (32, 1), (32, 3), (64, 3)]  # bits, and 1 for integers or 3 for floats
+FLAWS = {
+    "rate": [0, 1, 2, 79, 999, 192001, 2**31 - 1, 2**32 - 1],
+    "channels": [0],
+    "format": [(12, 1), (64, 1), (16, 3), (0, 1), (16, 2), (16, 65534)],
+    "seconds": [0, 0.001, 0.0999],
+    "value": [np.nan, np.inf, -np.inf],
+    "scale": [1e-30, 1e10, 1e18, 1e30, 3e38],
+    "data": [0, 1, 0.5, 3, 1e6],  # the sizes that the header claims, in the true ones
+    "riff": [0, 0.5, 1e6],
+    "kept": [0, 11, 30, 43, 44, 45, 1001],  # bytes of the file
+}
+
+
+@st.composite
+def recordings(draw):
+    """A WAV file made by hand with at most one flaw, so that its header can say anything of its samples."""
+    flaw = draw(st.sampled_from(["none", "none", "none", *FLAWS]))
+
+    def pick(name, *usual):
+        return draw(st.sampled_from(FLAWS[name] if name == flaw else usual))
+
+    rate, channels = pick("rate", *RATES), pick("channels", *range(1, 9))
+    bits, kind = pick("format", *(FORMATS[4:] if flaw in ("value", "scale") else FORMATS))
+    rng, samples = np.random.default_rng(0), round(pick("seconds", 0.1, 0.11, 0.3) * min(rate, 192000))
+    signal = {
+        "noise": rng.uniform(-0.5, 0.5, (samples, channels)),
+        "silence": np.zeros((samples, channels)),
+        "square": np.sign(np.sin(np.arange(samples) / 9 + 0.1))[:, None].repeat(channels, 1),
+    }[draw(st.sampled_from(["noise", "silence", "square"]))]
+    if kind == 3 and bits > 16:
+        signal *= pick("scale", 1)
+        if flaw == "value":
+            signal[samples // 2] = pick("value")
+        data = signal.astype(f"<f{bits // 8}").tobytes()
+    else:
+        whole = np.round(signal * (2.0 ** (bits - 1) - 1)).clip(-(2.0**62), 2.0**62).astype("<i8") + 128 * (bits == 8)
+        data = whole.reshape(-1, 1).view("u1")[:, : -(-bits // 8)].tobytes()
+    frame = channels * bits // 8
+    sizes = (min(round(pick(name, 1) * (len(data) + more)), 2**32 - 1) for name, more in (("riff", 36), ("data", 0)))
+    wav = struct.pack("<4sI4s4sIHHIIHH", b"RIFF", next(sizes), b"WAVE", b"fmt ", 16, kind, channels, rate,
+                      rate * frame % 2**32, frame, bits) + struct.pack("<4sI", b"data", next(sizes)) + data  # fmt: skip
+    return wav[: pick("kept", None)]
+
+
+@given(recordings())
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+def test_any_input_gives_finite_audio_or_one_clear_line(codec, tmp_path_factory, wav):
+    """What libsndfile reads of a file is separated at full length, the rest refused."""
+    model = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
+    path = tmp_path_factory.getbasetemp() / "fuzz.wav"
+    path.write_bytes(wav)
+    try:
+        estimates, rate = separate_wav(model, codec, path)
+    except DataError as error:
+        assert path.name in str(error) and "\n" not in str(error)
+    else:
+        info = sf.info(path)
+        assert estimates.shape == (2, info.frames) and rate == info.samplerate and np.isfinite(estimates).all()
 
 
 def test_bad_checkpoints_are_refused(trained, tmp_path, official_file):
