@@ -523,6 +523,25 @@ def test_each_loss_is_best_for_what_it_asks_for(codec, speech):
     assert (codec.decode(codec.encode(sources), 16000) - sources).square().mean() < 1e-2 * sources.square().mean()
 
 
+@pytest.mark.parametrize("name, reached", [("si_sdr", -25), ("csi_sdr", -5)])
+def test_a_crop_of_perfect_latents_is_a_perfect_crop(codec, speech, name, reached):
+    """The crop of the latents and that of the sources are of the same moment, and its edges are not scored."""
+    sources = (speech * codec.gain(speech.sum(0)))[None]
+    latents = codec.encode(sources) if name == "si_sdr" else codec.quantize(codec.encode(sources))
+    for _ in range(5):
+        crop, target, margin = train.random_crop(codec, latents, sources, 0.5)
+        assert crop.shape[-1] == 25 + 2 * train.MARGIN and target.shape[-1] == 160 * crop.shape[-1]
+        decoded = codec.decode(crop, target.shape[-1])
+        assert pit(LOSSES[name](codec, decoded, target, margin))[0].item() < reached
+        moved = LOSSES[name](codec, decoded, target.roll(80, -1), margin)
+        assert pit(moved)[0].item() > max(reached + 10, 0)
+    whole, target, _ = train.random_crop(codec, latents, sources, 10.0)
+    assert whole.shape == latents.shape and target.shape == sources.shape
+    odd = SimpleNamespace(hop=512, sample_rate=8000, codec_rate=44100, name="dac_44khz")
+    with pytest.raises(train.SettingsError, match="--loss_seconds 0"):
+        train.random_crop(odd, latents, sources, 0.5)
+
+
 def test_mixtures_beyond_the_threshold_leave_the_step():
     assert keep_hard(torch.tensor([-31.0, -29.0, -30.0, 3.0])).tolist() == [-29.0, 3.0]
 
@@ -1107,6 +1126,17 @@ def test_one_command_prints_the_papers_table(trained, tmp_path):
     assert rows["source transmitted before"]["si_sdr_i"]["mean"] < rows["source transmitted -"]["si_sdr_i"]["mean"] - 10
     same = [rows[f"Codecformer {place} -"]["si_sdr_i"]["mean"] for place in ("clean", "latents")]
     assert same[0] == pytest.approx(same[1])
+
+
+def test_costs_are_counted_and_timed_as_they_are():
+    assert evaluate.count_macs(torch.nn.Conv1d(3, 5, 7, bias=False), 1, 3, 106) == pytest.approx(3 * 5 * 7 * 100 / 1e9)
+    held = []
+    seconds = evaluate.median_seconds(
+        {"short": lambda: time.sleep(0.01), "long": lambda: time.sleep(0.05)}, 3, torch.device("cpu")
+    )
+    assert 0.01 <= seconds["short"] < 0.05 <= seconds["long"]
+    megabytes = evaluate.peak_megabytes(lambda: held.append(torch.ones(50_000_000)), torch.device("cpu"))
+    assert megabytes == pytest.approx(200, rel=0.1)
 
 
 def test_bundled_weights_beat_the_mixture_on_speakers_never_trained_on():
