@@ -21,6 +21,7 @@ The paper's recipe is config/wsj0_2mix.txt; the defaults are a small model and a
 import contextlib
 import io
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -391,7 +392,7 @@ def train(args) -> None:
                 save_last()
                 bar.write(f"stopped by signal; go on with --resume --out {out}")
             total(device, 0)  # where one process ends, torchrun ends the others: wait for rank 0
-            sys.exit(130)
+            raise KeyboardInterrupt
 
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -480,12 +481,18 @@ def train(args) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     try:
-        train(args)
+        status = train(args)
+    except KeyboardInterrupt:
+        status = 130
     except (DataError, CodecError, SettingsError) as error:
         # An error in a process of the DataLoader arrives with its traceback in front of the message.
-        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("data.DataError: "))
+        status = "error: " + str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
     except OSError as error:
-        sys.exit(f"error: can't write to {args.out} ({error}): make room and --resume, or choose another --out")
+        status = f"error: can't write to {args.out} ({error}): make room and --resume, or choose another --out"
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():  # after an error they live, deaf, and the exit would wait for them
+        worker.kill()
+    sys.exit(status)
 
 
 if __name__ == "__main__":
