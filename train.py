@@ -480,15 +480,18 @@ def train(args) -> None:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    status, message = 1, None
     try:
         status = train(args)
     except KeyboardInterrupt:
         status = 130
     except (DataError, CodecError, SettingsError) as error:
         # An error in a process of the DataLoader arrives with its traceback in front of the message.
-        status = "error: " + str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+        message = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
     except OSError as error:
-        status = f"error: can't write to {args.out} ({error}): make room and --resume, or choose another --out"
+        message = f"can't write to {args.out} ({error}): make room and --resume, or choose another --out"
+    if message:
+        tqdm.write(f"error: {message}", file=sys.stderr)  # above the bar
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():  # after an error they live, deaf, and the exit would wait for them
         worker.kill()
