@@ -56,8 +56,8 @@ class CodecformerConfig(SeparatorConfig):
     n_layers: int = 16
     dropout: float = 0.1
     activation: str = "snake"  # of the masks: a key of ACTIVATIONS
-    # What the bottleneck sees: the latents, as in the paper, or the logarithm of their squares. Masks follow from levels,
-    # and levels are slow to learn from numbers of either sign.
+    # What the bottleneck sees: the latents, as in the paper, or the logarithm of their squares. Masks follow from
+    # levels, and levels are slow to learn from numbers of either sign.
     features: str = "latents"  # or "log_power"
     context: int = 1  # frames that the bottleneck sees at once, odd
 

@@ -53,8 +53,16 @@ from dac_wrapper import ASSETS, DAC_16KHZ, Codec, CodecError, measure_lag, rando
 from data import MIX_FOLDERS, DataError, FixedMixtures, Parser, read_audio, resample
 from losses import pairwise_negative_si_sdr, pit, reorder, si_sdr
 from train import (
-    SettingsError, build_model, check_codec, git_revision, load_checkpoint, open_mixtures, parse_args, restore_model,
-    separation_loss, setup_process,
+    SettingsError,
+    build_model,
+    check_codec,
+    git_revision,
+    load_checkpoint,
+    open_mixtures,
+    parse_args,
+    restore_model,
+    separation_loss,
+    setup_process,
 )  # fmt: skip
 
 TITLES = {"si_sdr": "SI-SDR", "si_sdr_i": "SI-SDRi", "sdr": "SDR", "sdr_i": "SDRi", "pesq": "PESQ", "stoi": "STOI"}

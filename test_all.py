@@ -7,9 +7,13 @@ import csv
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import resource
+import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -24,7 +28,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import brentq
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -1008,8 +1013,8 @@ def run_train(*flags):
     train.train(train.parse_args([*SHORT, *map(str, flags)]))
 
 
-def logged(folder) -> list[dict]:
-    with open(folder / "log.csv") as file:
+def logged(folder, name="log.csv") -> list[dict]:
+    with open(folder / name) as file:
         return list(csv.DictReader(file))
 
 
@@ -1031,7 +1036,7 @@ def test_a_run_repeats_and_resumes_to_the_same_weights(tmp_path):
     def killed_after_three(path, checkpoint):
         genuine(path, checkpoint)
         calls.append(path.name)
-        if calls.count("last.pt") == 4:  # in the middle of the second epoch
+        if calls.count("last.pt") == 5:  # in the middle of the second epoch
             raise KeyboardInterrupt
 
     train.save = killed_after_three
@@ -1057,6 +1062,240 @@ def test_two_ranks_with_half_the_batch_compute_what_one_rank_does(tmp_path):
     one, two = logged(tmp_path / "one")[-1], logged(tmp_path / "two")[-1]
     assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=1e-4)
     assert float(one["valid_si_sdr_i"]) == pytest.approx(float(two["valid_si_sdr_i"]), abs=1e-3)
+
+
+def child(output, flags, limit, poison, environment):
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    genuine, calls = train.separation_loss, itertools.count()
+    train.separation_loss = lambda *a: genuine(*a) * (math.nan if next(calls) == poison else 1)
+    train.main([*SHORT, "--seconds", "0.1", *map(str, flags)])
+
+
+def launch(output, *flags, limit=resource.RLIM_INFINITY, poison=None, **environment):
+    """train.py in a process of its own, forked from one that has imported torch, but never run it.
+
+    limit: bytes that a file may have. poison: number of the batch whose loss is NaN.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_all"])
+    process = context.Process(target=child, args=(output, flags, limit, poison, environment))
+    process.start()
+    return process
+
+
+def launch_two(tmp_path, *flags, **of_rank_0):
+    """The same as two ranks; `of_rank_0` goes to one of them alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    network = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [
+        launch(tmp_path / f"rank{rank}.txt", *flags, RANK=str(rank), **network, **({} if rank else of_rank_0))
+        for rank in range(2)
+    ]
+
+
+def finish(*processes):
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def wait_until(condition, process):
+    while not condition():
+        assert process.is_alive()
+        time.sleep(0.001)
+
+
+def test_killed_twenty_times_a_run_ends_as_if_it_had_not_been(tmp_path):
+    flags = "--epochs 2 --epoch_size 50 --batch_size 1 --save_every 1 --dropout 0.2".split()
+    assert finish(launch(tmp_path / "unbroken.txt", *flags, "--out", tmp_path / "unbroken")) == [0]
+    update = 1 / float(logged(tmp_path / "unbroken")[-1]["mixtures_per_second"])  # seconds, with its checkpoint
+    out, rng, resumed, torn = tmp_path / "killed", np.random.default_rng(0), set(), 0
+    last, temporary = out / "last.pt", out / "last.tmp"
+    for kill in range(20):
+        before = last.stat().st_mtime_ns if last.exists() else None
+        process = launch(tmp_path / f"{kill}.txt", *flags, "--out", out, *["--resume"] * last.exists())
+        if kill % 5:  # else anywhere, mostly while it starts
+            wait_until(lambda: last.exists() and last.stat().st_mtime_ns != before, process)
+        time.sleep(rng.uniform(0, 2 * update))
+        if kill % 5 > 2:
+            wait_until(temporary.exists, process)
+        process.kill()
+        assert finish(process) == [-signal.SIGKILL], (tmp_path / f"{kill}.txt").read_text()
+        torn += temporary.exists()
+        if last.exists():
+            reached = torch.load(last, weights_only=True)
+            resumed.add((reached["epoch"], reached["step"]))
+    assert finish(launch(tmp_path / "end.txt", *flags, "--out", out, "--resume")) == [0]
+    assert len(resumed) >= 10 and torn >= 3
+    assert (out / "steps.csv").read_bytes() == (tmp_path / "unbroken" / "steps.csv").read_bytes()
+    assert len(logged(out, "steps.csv")) == 100
+    for killed, unbroken in zip(logged(out), logged(tmp_path / "unbroken"), strict=True):
+        assert all(killed[key] == unbroken[key] for key in killed if "second" not in key)
+    a, b = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (out, tmp_path / "unbroken"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_signals_save_first_in_training_and_in_validation(tmp_path):
+    flags = ["--out", tmp_path / "r", "--workers", "1", "--epoch_size", 200, "--batch_size", 1]
+    process = launch(tmp_path / "1.txt", *flags, "--valid_size", 500)
+    wait_until((tmp_path / "r" / "log.csv").exists, process)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process) == [130] and "stopped by signal" in (tmp_path / "1.txt").read_text()
+    assert not logged(tmp_path / "r")
+    process = launch(tmp_path / "2.txt", *flags, "--resume")
+    wait_until(lambda: len(logged(tmp_path / "r", "steps.csv")) > 2, process)
+    process.terminate()
+    assert finish(process) == [130] and "Traceback" not in (tmp_path / "2.txt").read_text()
+    stopped = torch.load(tmp_path / "r" / "last.pt", weights_only=True)
+    assert (stopped["epoch"], stopped["step"]) == (0, len(logged(tmp_path / "r", "steps.csv")))
+    # One of two ranks is told, both stop at the same step.
+    processes = launch_two(tmp_path, "--out", tmp_path / "two", "--epoch_size", 200, "--batch_size", 1)
+    wait_until(lambda: (tmp_path / "two" / "best.pt").exists(), processes[1])
+    processes[1].terminate()
+    assert finish(*processes) == [130, 130] and (tmp_path / "two" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("full", ["steps.csv", "last.pt"])
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole(tmp_path, full):
+    out = tmp_path / "r"
+    flags = ["--out", out, "--epoch_size", 4, "--batch_size", 1, "--save_every", 2, "--resume"]
+    run_train(*flags[:-1], "--epochs", 1)
+    limit = 500_000
+    if full == "steps.csv":
+        checkpoint = torch.load(out / "last.pt", weights_only=True)
+        checkpoint["sizes"]["steps.csv"] += 4000
+        torch.save(checkpoint, out / "last.pt")
+        (out / "steps.csv").write_text((out / "steps.csv").read_text() + " " * 4000)
+        limit = checkpoint["sizes"]["steps.csv"] + 20
+    before = (out / "last.pt").read_bytes()
+    assert finish(launch(tmp_path / "full.txt", *flags, limit=limit)) == [1]
+    output = (tmp_path / "full.txt").read_text()
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "can't write" in error and "File too large" in error
+    assert "Traceback" not in output and "ignored" not in output
+    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+
+
+def test_a_full_disk_ends_all_ranks(tmp_path):
+    processes = launch_two(tmp_path, "--out", tmp_path / "r", "--epoch_size", 4, "--batch_size", 1, limit=500_000)
+    assert 0 not in finish(*processes) and all(p.exitcode is not None for p in processes)
+    assert "error: can't write" in (tmp_path / "rank0.txt").read_text()
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A folder of speakers with one broken file among 24."""
+    for voice in ("carlo", "june", "allison"):
+        (tmp_path / "speech" / voice).mkdir(parents=True)
+        for k in range(8):
+            audio, _ = read_audio(SPEECH / voice / "01.ogg", 8000 * k, 8000)
+            sf.write(tmp_path / "speech" / voice / f"{k}.flac", audio, 8000)
+    broken = tmp_path / "speech" / "june" / "3.flac"
+    broken.write_bytes(broken.read_bytes()[:3000])
+    return tmp_path / "speech"
+
+
+def test_a_broken_file_is_named_once_left_out_and_counted(tmp_path, damaged, capfd):
+    flags = ["--data", damaged, "--epochs", 1, "--epoch_size", 48, "--batch_size", 4, "--seconds", 0.1]
+    for workers in (0, 2):
+        run_train(*flags, "--workers", workers, "--out", tmp_path / f"{workers}")
+        _, stderr = capfd.readouterr()
+        assert stderr.count("left out: ") == stderr.count("june/3.flac") == 1
+        assert 0 < int(logged(tmp_path / f"{workers}")[-1]["broken"]) < 10
+    assert (tmp_path / "0" / "steps.csv").read_bytes() == (tmp_path / "2" / "steps.csv").read_bytes()
+    assert all(math.isfinite(float(row["loss"])) for row in logged(tmp_path / "0", "steps.csv"))
+    # The mixture in its place is the next one that is whole.
+    mixtures = SpeakerMixtures(damaged, 8000, 0.1, 200)
+    skipping = train.SkipBroken(mixtures)
+    (index,) = [k for k in range(199) if skipping[k]["broken"]][:1]
+    assert same(skipping[index], {**mixtures[index + 1], "broken": skipping[index]["broken"]})
+
+
+def test_many_broken_files_stop_the_run(tmp_path, damaged):
+    paths = sorted(damaged.rglob("*.flac"))
+    for path in paths[::2]:
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="more than a tenth"):
+        run_train("--data", damaged, "--epoch_size", 96, "--batch_size", 2, "--out", tmp_path / "half")
+    for path in paths:
+        path.write_bytes(b"")
+    flags = ["--data", damaged, "--epoch_size", 96, "--workers", 1, "--out", tmp_path / "all"]
+    assert finish(launch(tmp_path / "all.txt", *flags)) == [1]
+    (error,) = [line for line in (tmp_path / "all.txt").read_text().splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: 100 mixtures in a row can't be made") and str(damaged) in error
+
+
+def test_a_loss_that_is_not_finite_leaves_the_update_out_and_a_hundred_stop_the_run(tmp_path):
+    flags = ["--epochs", 1, "--epoch_size", 8, "--batch_size", 1, "--out"]
+    assert finish(launch(tmp_path / "one.txt", *flags, tmp_path / "one", poison=3)) == [0]
+    # On one of two ranks: both leave it out, or their weights and losses would part.
+    assert finish(*launch_two(tmp_path, *flags, tmp_path / "two", poison=1)) == [0, 0]
+    for name, step, of in (("one", 4, 8), ("two", 2, 4)):
+        losses = [float(row["loss"]) for row in logged(tmp_path / name, "steps.csv")]
+        assert [k + 1 for k, loss in enumerate(losses) if not math.isfinite(loss)] == [step] and len(losses) == of
+        weights = torch.load(tmp_path / name / "last.pt", weights_only=True)
+        assert weights["skipped"] == 1 and all(w.isfinite().all() for w in weights["model"].values())
+    out = tmp_path / "diverged"
+    with pytest.raises(train.SettingsError, match="no finite loss"):
+        run_train(
+            "--lr", 1e36, "--epoch_size", 400, "--batch_size", 1, "--seconds", 0.1, "--save_every", 1, "--out", out
+        )
+    weights = torch.load(out / "last.pt", weights_only=True)
+    assert weights["in_a_row"] == 99 and all(w.isfinite().all() for w in weights["model"].values())
+
+
+@pytest.mark.parametrize("kind", ["speakers", "fixed"])
+def test_each_loss_of_two_ranks_is_that_of_one(tmp_path, damaged, kind):
+    data = damaged
+    if kind == "fixed":
+        data = tmp_path / "set"
+        write_fixed_set(SpeakerMixtures(SPEECH, 8000, 0.2, 40), data)
+        broken = sorted((data / "s1").iterdir())[7]
+        broken.write_bytes(broken.read_bytes()[:500])
+    flags = ["--data", data, "--epochs", 1, "--epoch_size", 40, "--out"]
+    one = launch(tmp_path / "one.txt", *flags, tmp_path / "one", "--batch_size", 2)
+    assert finish(one, *launch_two(tmp_path, *flags, tmp_path / "two", "--batch_size", 1)) == [0, 0, 0]
+    one, two = ([float(row["loss"]) for row in logged(tmp_path / name, "steps.csv")] for name in ("one", "two"))
+    assert len(one) == 20 and one == pytest.approx(two, abs=1e-4)
+    one, two = logged(tmp_path / "one")[-1], logged(tmp_path / "two")[-1]
+    assert one["broken"] == two["broken"] and int(one["broken"]) > 0
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_the_compiled_separator_computes_the_same(tmp_path):
+    flags = ["--epochs", 1, "--epoch_size", 4, "--batch_size", 2, "--valid_size", 1, "--out"]
+    run_train(*flags, tmp_path / "plain")
+    run_train(*flags, tmp_path / "compiled", "--compile")
+    plain, compiled = (
+        [float(row["loss"]) for row in logged(tmp_path / name, "steps.csv")] for name in ("plain", "compiled")
+    )
+    assert len(plain) == 2 and plain == pytest.approx(compiled, abs=1e-3)
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("plain", "compiled"))
+    assert a.keys() == b.keys()
+
+
+def test_cached_latents_train_as_fresh_ones_do(tmp_path):
+    write_fixed_set(SpeakerMixtures(SPEECH, 8000, 0.5, 6), tmp_path / "set")
+    flags = ["--data", tmp_path / "set", "--speeds", 100, "--epochs", 2, "--batch_size", 3, "--seconds", 0.5]
+    run_train("--out", tmp_path / "fresh", *flags)
+    run_train("--out", tmp_path / "cached", *flags, "--cache", tmp_path / "cache")
+    (tmp_path / "set" / "mix_clean").rename(tmp_path / "set" / "mix")  # only the names matter from here on
+    run_train("--out", tmp_path / "again", *flags, "--cache", tmp_path / "cache")
+    losses = [[float(r["loss"]) for r in logged(tmp_path / run, "steps.csv")] for run in ("fresh", "cached", "again")]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=0.01)
+    assert losses[1] == losses[2]
+    with pytest.raises(train.SettingsError, match="fixed set"):
+        args = train.parse_args(
+            [*SHORT, "--speeds", "100", "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "o")]
+        )
+        train.train(args)
 
 
 def test_training_learns_to_tell_two_tones_apart(tmp_path):
@@ -1400,6 +1639,7 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         _, stderr = process.communicate(timeout=240)
         assert process.returncode not in (0, None) and "Traceback" not in stderr, stderr
         assert message in (stderr.strip().splitlines() or [""])[-1], (message, process.returncode, stderr)
+    assert not (tmp_path / "x").exists()  # nothing is left behind
 
 
 CONFIGS = sorted(p.name for p in (HERE / "config").glob("*.txt"))
@@ -1407,7 +1647,7 @@ CONFIGS = sorted(p.name for p in (HERE / "config").glob("*.txt"))
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_holds_the_papers_settings_and_starts(config, tmp_path, official_file):
-    """Three real steps of the full-size model, on a set of the same layout and a file of the official codec's format."""
+    """Three steps of the full-size model, on a set of the same layout and a codec file of the official format."""
     args = train.parse_args([f"@config/{config}"])
     sepformer = config.startswith("sepformer")
     assert (args.lr, args.clip, args.batch_size, args.threshold, args.accumulate) == (1.5e-4, 5, 1, -30, 1)

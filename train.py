@@ -6,27 +6,31 @@
     python train.py --resume                     goes on where the run in --out stopped
 
 A run's folder holds last.pt (everything, to resume), best.pt (the weights with the best validation SI-SDRi, in half
-precision, for evaluate.py), log.csv and TensorBoard scalars.
+precision, for evaluate.py), steps.csv (a row an update), log.csv (a row an epoch) and TensorBoard scalars.
 
 What is unusual:
 - Every mixture is a pure function of (seed, epoch, index), and a step's global batch is the same however many
   processes share it, so resuming needs no more state than a step number, and N ranks with a batch of B compute
-  what one rank computes with N * B.
+  what one rank computes with N * B. Dropout is seeded anew for every update.
+- A mixture that can't be read is named and replaced by the next one, in training and validation; many stop the run.
 - The codec is frozen and stays outside DDP and autocast: only the separator learns, only it runs in mixed precision.
 
 The paper's recipe is config/wsj0_2mix.txt; the defaults are a small model and a short run.
 """
 
 import contextlib
-import csv
+import io
 import math
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -41,15 +45,18 @@ from dac_wrapper import ASSETS, Codec, CodecError, first_line
 from data import MIX_FOLDERS, WHAM_SNR, DataError, FixedMixtures, Parser, SpeakerMixtures, is_fixed_set
 from losses import LOSSES, ON_LATENTS, keep_hard, pairwise_latent_error, pairwise_negative_si_sdr, pit, si_sdr
 
+LOGS = {
+    "steps.csv": "step,loss,gradient_norm,lr",
+    "log.csv": "epoch,step,loss,valid_si_sdr_i,lr,skipped,seconds,broken,mixtures_per_second",
+}
+
 
 class SettingsError(ValueError):
     """A setting, checkpoint or folder doesn't fit; the message is one line that says what to do."""
 
 
 def parse_args(argv=None):
-    parser = Parser(
-        description="Trains Codecformer. @FILE reads flags from a file, one a line.", fromfile_prefix_chars="@"
-    )
+    parser = Parser(description="Trains a separator. @FILE reads flags from a file.", fromfile_prefix_chars="@")
     parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
     add = parser.add_argument
     # data
@@ -98,17 +105,17 @@ def parse_args(argv=None):
     add("--out", default="runs/bundled", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save_every", type=int, default=200, help="updates between checkpoints, beside the one after each epoch")
+    add("--compile", action="store_true", help="torch.compile the separator")
     args = parser.parse_args(argv)
-    for name in ("epoch_size", "valid_size", "batch_size", "accumulate", "epochs", "save_every", "patience"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, it must be at least 1")
-    for name in ("seconds", "lr", "clip"):
+    counts = ("epoch_size", "valid_size", "batch_size", "accumulate", "epochs", "save_every", "patience")
+    for name, least in {**dict.fromkeys(counts, 1), "seconds": 0.1, "workers": 0, "seed": 0}.items():
+        if not least <= getattr(args, name) < math.inf:
+            parser.error(f"--{name} is {getattr(args, name)}, it must be at least {least}")
+    for name in ("lr", "clip"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} is {getattr(args, name)}, it must be positive")
-    if args.seconds < 0.1:
-        parser.error(f"--seconds is {args.seconds}, it must be at least 0.1")
-    if args.workers < 0 or args.seed < 0:
-        parser.error("--workers and --seed can't be negative")
+    if args.cache and (args.loss not in ON_LATENTS or args.speeds != [100]):
+        parser.error(f"--cache holds latents as they are: it needs --speeds 100 and --loss {', '.join(ON_LATENTS)}")
     if args.model == "sepformer" and (args.loss in ON_LATENTS or args.quantize_before or args.quantize_after):
         parser.error(f"sepformer has no latents: train it without --quantize_* and --loss {', '.join(ON_LATENTS)}")
     return args
@@ -126,13 +133,32 @@ def setup_process() -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def total(value: float, device) -> float:
-    """The sum of a number over all processes."""
-    if not dist.is_initialized():
-        return value
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.item()
+def total(device, *values: float) -> list[float]:
+    """The sums of numbers over all processes."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+class SkipBroken:
+    """Gives the next mixture for one that can't be read, and why as `broken`, a line each; DataError after 100."""
+
+    def __init__(self, mixtures):
+        self.mixtures = mixtures
+
+    def __len__(self) -> int:
+        return len(self.mixtures)
+
+    def __getitem__(self, index: int) -> dict:
+        broken = []
+        while len(broken) < 100:
+            try:
+                return {**self.mixtures[(index + len(broken)) % len(self)], "broken": "\n".join(broken)}
+            except DataError as error:
+                # How much of a file is missing depends on the segment: without it, a file is named once.
+                broken.append(re.sub(r" \(\d+ of \d+ samples\)", "", str(error)))
+        raise DataError(f"100 mixtures in a row can't be made: {broken[-1]}")
 
 
 def open_mixtures(path, args, size: int, seed: int, train: bool):
@@ -148,7 +174,7 @@ def open_mixtures(path, args, size: int, seed: int, train: bool):
         )
     if dataset.n_speakers != args.n_speakers:
         raise SettingsError(f"{path} has {dataset.n_speakers} speakers a mixture, --n_speakers says {args.n_speakers}")
-    return dataset
+    return SkipBroken(dataset)
 
 
 def epoch_batches(dataset, args, epoch: int, rank: int, world: int, first_step: int = 0) -> list[list[int]]:
@@ -163,24 +189,26 @@ def epoch_batches(dataset, args, epoch: int, rank: int, world: int, first_step: 
 class CachedLatents:
     """The latents of a fixed set, encoded once into `folder`, so that training needs no codec.
 
-    Items are `latents` [1 + S, D, F]: the mixture's and its sources', cut at random to `seconds`. A stored hour of
-    8 kHz mixtures of two takes about 1 GB with a codec of 1,024 dimensions.
+    Items are `latents` [1 + S, D, F]: the mixture's and its sources', cut at random to `seconds`. An hour of mixtures
+    of two takes 1.1 GB with a codec of 1,024 dimensions. Raises SettingsError for mixtures drawn on the fly.
     """
 
     def __init__(self, mixtures: FixedMixtures, codec: Codec, folder, seconds: float, seed: int, rank: int, world: int):
+        if not isinstance(mixtures, FixedMixtures):
+            raise SettingsError("--cache needs a fixed set as --data: mixtures drawn on the fly never come twice")
         self.mixtures, self.folder, self.seed, self.epoch = mixtures, Path(folder) / codec.fingerprint, seed, 0
         self.frames = round(seconds * codec.frame_rate)
         self.folder.mkdir(parents=True, exist_ok=True)
         for index in tqdm(range(rank, len(mixtures), world), desc="encoding", unit="mixture"):
-            if self._path(index).exists():
+            path, mixture = self._path(index), mixtures.files[index]
+            if path.exists() and path.stat().st_mtime > mixture.stat().st_mtime:
                 continue
             item = mixtures[index]
             wav = torch.from_numpy(np.concatenate([item["mixture"][None], item["sources"]])).to(codec.device)
             latents = codec.encode(wav * codec.gain(wav[:1]))
-            temporary = self._path(index).with_suffix(".tmp")
-            with open(temporary, "wb") as file:
+            with open(path.with_suffix(".tmp"), "wb") as file:
                 np.save(file, latents.half().cpu().numpy())
-            os.replace(temporary, self._path(index))
+            os.replace(file.name, path)
         if dist.is_initialized():
             dist.barrier()
 
@@ -217,42 +245,49 @@ def random_crop(codec: Codec, latents, sources, seconds: float) -> tuple:
 
 def separation_loss(predict, codec, batch, args, device) -> torch.Tensor:
     """The losses of the mixtures of a batch that are not separated well already, in dB [<= B]."""
-    batch = {k: v.to(device) for k, v in batch.items() if k != "name"}
     if "latents" in batch:
-        latents, targets = batch["latents"][:, 0], batch["latents"][:, 1:]
+        latents, *targets = batch["latents"].to(device).unbind(1)
         estimates = estimate_latents(predict, codec, latents, args.quantize_before, args.quantize_after)
-        return keep_hard(pit(pairwise_latent_error(estimates, targets))[0], args.threshold)
-    mixture, sources = batch["mixture"], batch["sources"]
-    gain = codec.gain(mixture)
-    mixture, sources, margin = mixture * gain, sources * gain[:, None], 0
-    if args.model == "sepformer":
-        estimates = predict(mixture).float()
+        pairwise = pairwise_latent_error(estimates, torch.stack(targets, 1))
     else:
-        latents = codec.encode(mixture)
-        estimates = estimate_latents(predict, codec, latents, args.quantize_before, args.quantize_after)
-        if args.loss not in ON_LATENTS:
-            if args.loss_seconds:
-                estimates, sources, margin = random_crop(codec, estimates, sources, args.loss_seconds)
-            estimates = codec.decode(estimates, sources.shape[-1])
-    loss, _ = pit(LOSSES[args.loss](codec, estimates, sources, margin))
-    return keep_hard(loss, args.threshold)
+        mixture, sources = batch["mixture"].to(device), batch["sources"].to(device)
+        gain, margin = codec.gain(mixture), 0
+        mixture, sources = mixture * gain, sources * gain[:, None]
+        if args.model == "sepformer":
+            estimates = predict(mixture).float()
+        else:
+            latents = codec.encode(mixture)
+            estimates = estimate_latents(predict, codec, latents, args.quantize_before, args.quantize_after)
+            if args.loss not in ON_LATENTS:
+                if args.loss_seconds:
+                    estimates, sources, margin = random_crop(codec, estimates, sources, args.loss_seconds)
+                estimates = codec.decode(estimates, sources.shape[-1])
+        pairwise = LOSSES[args.loss](codec, estimates, sources, margin)
+    loss, _ = pit(pairwise)
+    # NaN lies on neither side of the threshold and would leave the step unseen.
+    return keep_hard(torch.where(loss.isnan(), math.inf, loss), args.threshold)
 
 
 @torch.no_grad()
-def validate(model, codec, dataset, args, device, rank, world) -> float:
-    """Mean SI-SDR improvement in dB over the validation mixtures, shared out between the ranks."""
+def validate(model, codec, dataset, args, device, rank, world, broken: list, sync) -> float:
+    """Mean SI-SDR improvement in dB over the validation mixtures, shared out between the ranks.
+
+    Why mixtures couldn't be read is added to `broken`; all ranks call `sync` after each round.
+    """
     model.eval()
-    improvement = count = 0
-    for index in range(rank, len(dataset), world):
-        item = dataset[index]
-        mixture = torch.from_numpy(item["mixture"])[None].to(device)
-        sources = torch.from_numpy(item["sources"])[None].to(device)
-        estimates = separate(model, codec, mixture, args.quantize_before, args.quantize_after)
-        loss, _ = pit(pairwise_negative_si_sdr(estimates, sources))
-        improvement += -loss.item() - si_sdr(mixture[:, None], sources).mean().item()
-        count += 1
+    improvement = 0.0
+    for first in range(0, len(dataset), world):
+        if first + rank < len(dataset):
+            item = dataset[first + rank]
+            broken += item["broken"].splitlines()
+            mixture = torch.from_numpy(item["mixture"])[None].to(device)
+            sources = torch.from_numpy(item["sources"])[None].to(device)
+            estimates = separate(model, codec, mixture, args.quantize_before, args.quantize_after)
+            loss, _ = pit(pairwise_negative_si_sdr(estimates, sources))
+            improvement += -loss.item() - si_sdr(mixture[:, None], sources).mean().item()
+        sync()
     model.train()
-    return total(improvement, device) / total(count, device)
+    return total(device, improvement)[0] / len(dataset)
 
 
 def ignore_signals(worker: int) -> None:
@@ -262,27 +297,35 @@ def ignore_signals(worker: int) -> None:
 
 
 def git_revision() -> str:
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     try:
-        command = ["git", "describe", "--always", "--dirty"]
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
         return "unknown"
 
 
 def save(path: Path, checkpoint: dict) -> None:
     """Writes a checkpoint so that a reader, or a kill at any moment, finds the old one or the new one whole."""
-    temporary = path.with_suffix(".tmp")
+    temporary, buffer = path.with_suffix(".tmp"), io.BytesIO()
+    torch.save(checkpoint, buffer)
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+    except OSError:
         temporary.unlink(missing_ok=True)
-        raise SettingsError(f"can't write {path} ({first_line(error)}): free space, then --resume") from None
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # a power cut must not undo the renaming
+    os.close(folder)
+
+
+def append(path: Path, *row) -> None:
+    """Adds a row to a csv file, floats in full, and hands it to the system, so that no kill loses it."""
+    with open(path, "a") as file:
+        print(*row, sep=",", file=file)
 
 
 def load_checkpoint(path) -> dict:
@@ -315,9 +358,7 @@ def restore_model(checkpoint: dict, path) -> torch.nn.Module:
         model = separator(config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except (KeyError, RuntimeError, TypeError, ValueError):
-        raise SettingsError(
-            f"the weights in {path} don't fit its config: it is damaged or from another version"
-        ) from None
+        raise SettingsError(f"the weights in {path} don't fit its config: damaged, or another version's") from None
     return model
 
 
@@ -332,16 +373,12 @@ def build_model(args, codec: Codec) -> torch.nn.Module:
 
 
 def start_from(args, out: Path) -> Path | None:
-    """The checkpoint that a run starts from, if any; makes the run's folder. Raises SettingsError."""
+    """The checkpoint that a run starts from, if any. Raises SettingsError if --resume and the run's folder disagree."""
     last = out / "last.pt"
     if args.resume and not last.exists():
         raise SettingsError(f"nothing to resume in {out}: it holds no last.pt (see --out)")
     if not args.resume and last.exists():
         raise SettingsError(f"{out} holds a run already: go on with it by --resume, or choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"can't write to {out} ({error.strerror}): choose another --out") from None
     return last if args.resume else args.init
 
 
@@ -362,22 +399,26 @@ def train(args) -> None:
     start = start_from(args, out)
     dataset = open_mixtures(args.data, args, args.epoch_size, args.seed, train=True)
     valid = open_mixtures(args.valid, args, args.valid_size, args.seed + 1, train=False)
-    updates = len(dataset) // (world * args.accumulate * args.batch_size)
+    per_update = world * args.accumulate * args.batch_size
+    updates = len(dataset) // per_update
     if updates < 1:
         raise SettingsError(f"an epoch of {len(dataset)} mixtures is less than one update: lower --batch_size")
     codec = Codec.load(args.codec, args.sample_rate, device)
+    if args.cache:
+        whole = open_mixtures(args.data, args, args.epoch_size, args.seed, train=False).mixtures
+        dataset = SkipBroken(CachedLatents(whole, codec, args.cache, args.seconds, args.seed, rank, world))
 
     model = build_model(args, codec)
     checkpoint = load_checkpoint(start) if start else None
     if checkpoint:
         if (checkpoint["separator"], checkpoint["config"]) != (args.model, asdict(model.config)):
-            raise SettingsError(
-                f"{start} was trained with another config than the flags say: "
-                f"{checkpoint['separator']}, {checkpoint['config']}"
-            )
+            trained = f"{checkpoint['separator']}, {checkpoint['config']}"
+            raise SettingsError(f"{start} was trained with another config than the flags say: {trained}")
         check_codec(checkpoint, start, codec)
         model = restore_model(checkpoint, start)
     model.to(device)
+    if args.compile:
+        model.compile()  # in place, so that the weights keep their names
     ddp = DistributedDataParallel(model) if world > 1 else model
 
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
@@ -385,127 +426,157 @@ def train(args) -> None:
     half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and half is torch.float16)
 
-    def predict(x):  # the separator alone in mixed precision
-        with torch.autocast(device.type, half, enabled=device.type == "cuda"):
-            return ddp(x)
+    predict = torch.autocast(device.type, half, enabled=device.type == "cuda")(ddp)  # the separator alone
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
 
-    epoch, step, best, skipped, seconds = 0, 0, -math.inf, 0, 0.0
+    # epoch: how many are complete; step: updates of the one under way, losses: theirs. A run starts with the validation
+    # of an epoch before the first.
+    run = SimpleNamespace(epoch=-1, step=updates, losses=[], best=-math.inf, skipped=0, in_a_row=0, broken=0, seconds=0)
     if args.resume:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"])
-        epoch, step, best = checkpoint["epoch"], checkpoint["step"], checkpoint["best"]
-        skipped, seconds = checkpoint["skipped"], checkpoint["seconds"]
-
-    revision = git_revision()
+        if "sizes" not in checkpoint:
+            raise SettingsError(f"{start} is no last.pt of this version: start from it by --init")
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        run = SimpleNamespace(**{name: checkpoint[name] for name in vars(run)})
+    done, started, revision = run.epoch * updates + run.step, time.time() - run.seconds, git_revision()
 
     def state(**extra) -> dict:
         return {
             "separator": args.model, "config": asdict(model.config), "sample_rate": args.sample_rate,
             "codec": {"name": args.codec, "fingerprint": codec.fingerprint},
             "quantize_before": args.quantize_before, "quantize_after": args.quantize_after,
-            "args": vars(args), "git": revision, "epoch": epoch, "step": step, "best": best, **extra,
+            "args": vars(args), "git": revision, **vars(run), "seconds": time.time() - started, **extra,
         }  # fmt: skip
 
     def save_last() -> None:
-        save(out / "last.pt", state(
-            model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
-            scaler=scaler.state_dict(), rng=torch.get_rng_state(), skipped=skipped,
-            seconds=seconds + time.time() - started,
-        ))  # fmt: skip
+        writer.flush()
+        sizes = {name: (out / name).stat().st_size for name in LOGS}
+        save(out / "last.pt", state(sizes=sizes, **{name: part.state_dict() for name, part in parts.items()}))
 
     stop = []  # filled by a signal, read after each update, so that no update is lost half way
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stop.append(received))
+    broken, named = [], set()  # why mixtures couldn't be read: not counted yet, told already
 
-    started = time.time()
+    def sync() -> None:  # what a signal or a broken recording on any rank means for all
+        n_stop, n_broken = total(device, len(stop), len(broken))
+        for reason in sorted(set(broken) - named):
+            tqdm.write(f"left out: {reason}", file=sys.stderr)
+        named.update(broken)
+        broken.clear()
+        run.broken += int(n_broken)
+        if run.broken > 10 + 0.1 * done * per_update:
+            raise DataError(f"{run.broken} mixtures couldn't be read, more than a tenth: see above for the recordings")
+        if n_stop:
+            if rank == 0:
+                save_last()
+                bar.write(f"stopped by signal; go on with --resume --out {out}")
+            total(device, 0)  # where one process ends, torchrun ends the others: wait for rank 0
+            raise KeyboardInterrupt
+
+    out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        writer = SummaryWriter(out)
-        log = open(out / "log.csv", "a", newline="")
-        if log.tell() == 0:
-            csv.writer(log).writerow(["epoch", "step", "loss", "valid_si_sdr_i", "lr", "skipped", "seconds"])
-        bar = tqdm(total=args.epochs * updates, initial=epoch * updates + step, unit="step", smoothing=0.05)
+        for name, columns in LOGS.items():
+            if args.resume:  # what was written after the checkpoint will be written once more
+                os.truncate(out / name, checkpoint["sizes"][name])
+            else:
+                (out / name).write_text(columns + "\n")
+        writer = SummaryWriter(out, purge_step=done + 1)
+        bar = tqdm(total=args.epochs * updates, initial=done, unit="step", smoothing=0.05)
         parameters = sum(p.numel() for p in model.parameters())
         bar.write(f"{parameters:,} parameters on {world} x {device.type}, codec {args.codec} with lag {codec.lag}")
-    if epoch == step == 0:
-        before = validate(model, codec, valid, args, device, rank, world)
-        if rank == 0:
-            bar.write(f"epoch 0: validation SI-SDRi {before:.2f} dB before training")
-            csv.writer(log).writerow([0, 0, "", f"{before:.4f}", args.lr, 0, 0])
-    while epoch < args.epochs:
-        dataset.epoch = epoch
-        batches = epoch_batches(dataset, args, epoch, rank, world, step)
-        loader = iter(
-            DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, worker_init_fn=ignore_signals)
-        )
-        losses = []
-        while step < updates:
+    while run.epoch < args.epochs:
+        dataset.mixtures.epoch = run.epoch
+        batches = epoch_batches(dataset, args, max(run.epoch, 0), rank, world, run.step)
+        loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, worker_init_fn=ignore_signals)
+        batches, first, began = iter(loader), run.step, time.time()
+        while run.step < updates:
+            torch.manual_seed(int(np.random.default_rng([args.seed, done, rank]).integers(2**63)))
+            summed = n_mixtures = 0
             for micro in range(args.accumulate):
                 # DDP averages over ranks, so the sum is scaled to make it the mean over the mixtures of all ranks.
                 wait = micro < args.accumulate - 1 and world > 1
                 with ddp.no_sync() if wait else contextlib.nullcontext():
-                    kept = separation_loss(predict, codec, next(loader), args, device)
-                    n_kept = total(len(kept), device)
-                    loss = kept.sum() * world / max(n_kept, 1)
-                    scaler.scale(loss / args.accumulate).backward()
-                if n_kept:
-                    losses.append(total(loss.item(), device) / world)
+                    batch = next(batches)
+                    kept = separation_loss(predict, codec, batch, args, device)
+                    (n_kept,) = total(device, len(kept))
+                    scaler.scale(kept.sum() * world / max(n_kept, 1) / args.accumulate).backward()
+                summed, n_mixtures = summed + kept.sum().item(), n_mixtures + n_kept
+                broken += "\n".join(filter(None, batch["broken"])).splitlines()
+            (summed,) = total(device, summed)
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            if torch.isfinite(norm) or scaler.is_enabled():  # a scaler skips by itself
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+            lr, loss = optimizer.param_groups[0]["lr"], summed / n_mixtures if n_mixtures else math.nan
+            if finite := math.isfinite(summed + norm):  # the same on all ranks
                 scaler.step(optimizer)
-            else:
-                skipped += 1
+                run.losses += [loss] * (n_mixtures > 0)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            step += 1
+            run.skipped, run.in_a_row = run.skipped + (not finite), 0 if finite else run.in_a_row + 1
+            run.step, done = run.step + 1, done + 1
             if args.schedule == "cosine":
                 scheduler.step()
             if rank == 0:
-                recent = np.mean(losses[-50:]) if losses else math.nan
+                append(out / "steps.csv", done, loss, norm, lr)
+                recent = np.mean(run.losses[-50:]) if run.losses else math.nan
                 bar.update()
-                bar.set_postfix(loss=f"{recent:.2f}", SI_SDRi="-" if best == -math.inf else f"{best:.2f}")
-                if (epoch * updates + step) % 20 == 0:
-                    writer.add_scalar("train/loss", recent, epoch * updates + step)
-                if step % args.save_every == 0:
-                    save_last()
-            if total(len(stop), device):
-                if rank == 0:
-                    save_last()
-                    bar.write(f"stopped by signal; go on with --resume --out {out}")
-                sys.exit(130)
-        epoch, step = epoch + 1, 0
-        improvement = validate(model, codec, valid, args, device, rank, world)
-        if args.schedule == "plateau" and epoch >= args.plateau_start:
+                bar.set_postfix(loss=f"{recent:.2f}", SI_SDRi=f"{run.best:.2f}")
+                if done % 20 == 0:
+                    writer.add_scalar("train/loss", recent, done)
+            sync()
+            if run.in_a_row == 100:
+                raise SettingsError(
+                    f"no finite loss and gradient from update {done - 99} on: lower --lr, check the data"
+                )
+            if rank == 0 and run.step % args.save_every == 0:
+                save_last()
+        speed = (run.step - first) * per_update / (time.time() - began)
+        improvement = validate(model, codec, valid, args, device, rank, world, broken, sync)
+        loss = np.mean(run.losses) if run.losses else math.nan
+        is_best = improvement > run.best
+        run.epoch, run.step, run.losses, run.best = run.epoch + 1, 0, [], max(improvement, run.best)
+        if args.schedule == "plateau" and run.epoch >= args.plateau_start:
             scheduler.step(improvement)
-        is_best = improvement > best
-        best = max(best, improvement)
         if rank == 0:
             lr = optimizer.param_groups[0]["lr"]
-            loss = np.mean(losses) if losses else math.nan
-            bar.write(f"epoch {epoch}: loss {loss:.2f} dB, validation SI-SDRi {improvement:.2f} dB, rate {lr:.1e}")
-            elapsed = seconds + time.time() - started
-            csv.writer(log).writerow(
-                [epoch, epoch * updates, f"{loss:.4f}", f"{improvement:.4f}", lr, skipped, round(elapsed)]
-            )
-            log.flush()
-            writer.add_scalar("valid/si_sdr_i", improvement, epoch * updates)
-            writer.add_scalar("train/lr", lr, epoch * updates)
+            bar.write(f"epoch {run.epoch}: loss {loss:.2f} dB, validation SI-SDRi {improvement:.2f} dB, rate {lr:.1e}")
+            append(
+                out / "log.csv", run.epoch, done, f"{loss:.4f}", f"{improvement:.4f}", lr, run.skipped,
+                round(time.time() - started), run.broken, f"{speed:.2f}",
+            )  # fmt: skip
+            writer.add_scalar("valid/si_sdr_i", improvement, done)
+            writer.add_scalar("train/lr", lr, done)
             if is_best:
                 save(out / "best.pt", state(model={k: v.half() for k, v in model.state_dict().items()}))
             save_last()
     if rank == 0:
         bar.close()
         writer.close()
-        print(f"best validation SI-SDRi {best:.2f} dB; score it with: python evaluate.py --ckpt {out / 'best.pt'}")
+        print(f"left out: {run.broken} mixtures that couldn't be read, {run.skipped} updates that weren't finite")
+        print(f"best validation SI-SDRi {run.best:.2f} dB; score it with: python evaluate.py --ckpt {out / 'best.pt'}")
     if world > 1:
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    status, message = 1, None
     try:
-        train(parse_args())
+        status = train(args)
+    except KeyboardInterrupt:
+        status = 130
     except (DataError, CodecError, SettingsError) as error:
         # An error in a process of the DataLoader arrives with its traceback in front of the message.
-        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("data.DataError: "))
+        message = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+    except OSError as error:
+        message = f"can't write to {args.out} ({error}): make room and --resume, or choose another --out"
+    if message:
+        tqdm.write(f"error: {message}", file=sys.stderr)  # above the bar
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():  # after an error they live, deaf, and the exit would wait for them
+        worker.kill()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
