@@ -136,6 +136,16 @@ def test_sepformer_takes_any_length_and_level_and_every_parameter_learns():
     assert torch.allclose(model(100 * mixture), 100 * model(mixture), rtol=1e-3, atol=1e-3)
 
 
+def test_sepformer_computes_what_speechbrains_modules_do():
+    model = Sepformer(SepformerConfig(d_model=32, n_layers=2, n_heads=4, d_ffn=48, chunk=50)).eval()
+    for k, p in enumerate(model.parameters()):
+        p.data = 0.2 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 1.7 + k).float().view_as(p)
+    mixture = torch.sin(torch.arange(1232, dtype=torch.float64) ** 1.3 * 0.05).float()[None]
+    # Printed by the Encoder, Dual_Path_Model and Decoder of SpeechBrain 1.1.2 with these weights, at four samples.
+    expected = [[0.0052855, 0.0274255, 0.0340922, -0.0096171], [-0.0052820, 0.0026972, -0.0005737, -0.0027396]]
+    assert torch.allclose(model(mixture)[0, :, [0, 100, 617, 1200]], torch.tensor(expected), atol=1e-6)
+
+
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 50])
 def test_every_frame_lies_in_two_of_sepformers_chunks(length):
     """With nothing between cutting and joining, overlap-add returns twice the input."""
