@@ -581,7 +581,8 @@ def time_training_steps(dac_16khz, bundled: tuple, device) -> dict:
         "si_sdr_whole_segment": paper,
         "si_sdr": [*paper, "--loss_seconds", "1"],
         "csi_sdr": [*paper, "--loss_seconds", "1", "--loss", "csi_sdr"],
-        "embedding": [*paper, "--loss", "embedding"],
+        "embedding_whole_segment": [*paper, "--loss", "embedding"],
+        "embedding": [*paper, "--loss_seconds", "1", "--loss", "embedding"],
         "embedding_cached": [*paper, "--loss", "embedding"],
         "bundled": [],
     }

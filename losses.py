@@ -6,8 +6,8 @@ Each training loss has the same signature, so that a new one is one function and
 
 with `estimates` the waveforms [B, S, T] that the separator arrives at, or their latents [B, S, D, F] for the losses
 in ON_LATENTS, and `sources` [B, S, T] the clean sources at the gain that brought their mixture to the codec's level, so
-that their latents are what a mask on the mixture's latents can reach; `margin` samples at both ends of a waveform are
-there for the codec's sake and not scored. Entry (b, i, j) says how badly estimate i fits
+that their latents are what a mask on the mixture's latents can reach; `margin` samples at both ends are there for the
+codec's sake and not scored. Entry (b, i, j) says how badly estimate i fits
 source j, in dB, lower is better; `pit` then picks the permutation.
 
 SI-SDR is Le Roux et al., 2019, https://arxiv.org/abs/1811.02508; cSI-SDR is the
@@ -79,8 +79,8 @@ def pairwise_latent_error(estimates: torch.Tensor, targets: torch.Tensor) -> tor
     return 10 * torch.log10((error + EPS) / (targets.square().mean((-1, -2))[:, None] + EPS))
 
 
-def inner(wav: torch.Tensor, margin: int) -> torch.Tensor:
-    return wav[..., margin : wav.shape[-1] - margin]
+def inner(signal: torch.Tensor, margin: int) -> torch.Tensor:
+    return signal[..., margin : signal.shape[-1] - margin]
 
 
 def si_sdr_loss(codec, estimates, sources, margin=0):
@@ -95,7 +95,8 @@ def csi_sdr_loss(codec, estimates, sources, margin=0):
 
 def embedding_loss(codec, latents, sources, margin=0):
     """The latents' error against those of the clean sources; nothing is decoded."""
-    return pairwise_latent_error(latents, codec.encode(sources))
+    frames = round(margin * codec.frame_rate / codec.sample_rate)
+    return pairwise_latent_error(inner(latents, frames), inner(codec.encode(sources), frames))
 
 
 LOSSES = {"si_sdr": si_sdr_loss, "csi_sdr": csi_sdr_loss, "embedding": embedding_loss}

@@ -90,7 +90,12 @@ def parse_args(argv=None):
     add("--quantize_after", action="store_true", help="RVQ on the estimates' latents")
     # loss and optimisation
     add("--loss", choices=list(LOSSES), default="embedding")
-    add("--loss_seconds", type=float, default=0.0, help="decode only a random crop for the loss; 0: the whole segment")
+    add(
+        "--loss_seconds",
+        type=float,
+        default=0.0,
+        help="of a random crop that the loss is taken on; 0: the whole segment",
+    )
     add("--threshold", type=float, default=-30.0, help="dB; mixtures with a loss below it are left out of the step")
     add("--lr", type=float, default=1e-3)
     add("--schedule", choices=["plateau", "cosine"], default="cosine", help="plateau is the paper's")
@@ -226,13 +231,13 @@ class CachedLatents:
         return {"latents": np.pad(cut, ((0, 0), (0, 0), (0, self.frames - cut.shape[-1])))}
 
 
-MARGIN = 4  # frames at each end of a crop that are decoded but not scored: there the decoder lacks their neighbours
+MARGIN = 4  # frames at each end of a crop that are coded but not scored: there the codec lacks their neighbours
 
 
 def random_crop(codec: Codec, latents, sources, seconds: float) -> tuple:
     """The same random `seconds` (and MARGIN) of latents [B, S, D, F] and sources [B, S, T], and the margin in samples.
 
-    Decoding is most of a step with a big codec, and a part of a segment tells how good its latents are.
+    The codec is most of a step with the waveform losses, and a part of a segment tells how good its latents are.
     """
     samples = codec.hop * codec.sample_rate / codec.codec_rate  # a frame's
     if samples % 1:
@@ -258,9 +263,9 @@ def separation_loss(predict, codec, batch, args, device) -> torch.Tensor:
         else:
             latents = codec.encode(mixture)
             estimates = estimate_latents(predict, codec, latents, args.quantize_before, args.quantize_after)
+            if args.loss_seconds:
+                estimates, sources, margin = random_crop(codec, estimates, sources, args.loss_seconds)
             if args.loss not in ON_LATENTS:
-                if args.loss_seconds:
-                    estimates, sources, margin = random_crop(codec, estimates, sources, args.loss_seconds)
                 estimates = codec.decode(estimates, sources.shape[-1])
         pairwise = LOSSES[args.loss](codec, estimates, sources, margin)
     loss, _ = pit(pairwise)
