@@ -56,9 +56,17 @@ class CodecformerConfig(SeparatorConfig):
     n_layers: int = 16
     dropout: float = 0.1
     activation: str = "snake"  # of the masks: a key of ACTIVATIONS
+    # What the bottleneck sees: the latents, as in the paper, or the logarithm of their squares. Masks follow from levels,
+    # and levels are slow to learn from numbers of either sign.
+    features: str = "latents"  # or "log_power"
+    context: int = 1  # frames that the bottleneck sees at once, odd
 
     def __post_init__(self):
         super().__post_init__()
+        if self.features not in FEATURES:
+            raise ValueError(f"unknown features {self.features!r}, choose from {', '.join(FEATURES)}")
+        if self.context % 2 == 0:
+            raise ValueError(f"context is {self.context}, it must be odd")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}, choose from {', '.join(ACTIVATIONS)}")
 
@@ -88,6 +96,11 @@ class Snake1d(nn.Module):
         return x + torch.sin(self.alpha * x).square() / (self.alpha + 1e-9)
 
 
+# The codec is fed at one level, so the floor of the powers is one number too.
+FEATURES = {
+    "latents": lambda latents: latents,
+    "log_power": lambda latents: torch.log10(latents.square() + 1e-3) + 1,
+}
 # Each is built with the number of channels that it is applied to.
 ACTIVATIONS = {
     "snake": Snake1d,
@@ -135,7 +148,7 @@ class Codecformer(nn.Module):
     def __init__(self, config: CodecformerConfig = CodecformerConfig()):
         super().__init__()
         self.config = c = config
-        self.bottleneck = nn.Conv1d(c.latent_dim, c.d_model, 1, bias=False)
+        self.bottleneck = nn.Conv1d(c.latent_dim, c.d_model, c.context, padding=c.context // 2, bias=False)
         self.layers = nn.ModuleList(
             TransformerLayer(c.d_model, c.n_heads, c.d_ffn, c.dropout) for _ in range(c.n_layers)
         )
@@ -151,7 +164,7 @@ class Codecformer(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         batch, dim, frames = latents.shape
-        x = self.bottleneck(latents).transpose(1, 2)  # [B, F, d_model]
+        x = self.bottleneck(FEATURES[self.config.features](latents)).transpose(1, 2)  # [B, F, d_model]
         x = x + sinusoidal_positions(frames, x.shape[-1], x.device)
         for layer in self.layers:
             x = layer(x)

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from codecformer import ACTIVATIONS, SEPARATORS, estimate_latents, separate
+from codecformer import ACTIVATIONS, FEATURES, SEPARATORS, estimate_latents, separate
 from dac_wrapper import ASSETS, Codec, CodecError, first_line
 from data import DataError, FixedMixtures, Parser, SpeakerMixtures, is_fixed_set
 from losses import LOSSES, ON_LATENTS, keep_hard, pairwise_latent_error, pairwise_negative_si_sdr, pit, si_sdr
@@ -71,6 +71,8 @@ def parse_args(argv=None):
     add("--d_ffn", type=int, default=768)
     add("--dropout", type=float, default=0.0)
     add("--activation", choices=list(ACTIVATIONS), default="snake", help="of Codecformer's masks")
+    add("--features", choices=list(FEATURES), default="log_power", help="what Codecformer's bottleneck sees")
+    add("--context", type=int, default=5, help="frames that Codecformer's bottleneck sees at once")
     add("--init", help="checkpoint whose separator to start from")
     # codec
     add("--codec", default="bundled", help="bundled, dac_16khz, dac_24khz, dac_44khz or a DAC weights file")
