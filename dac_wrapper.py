@@ -336,9 +336,8 @@ def start_as_lapped_transform(model: nn.Module) -> None:
     bins = torch.arange(hop, dtype=torch.float64)[:, None] + 0.5
     phase = math.pi / hop * (time + hop / 2) * bins
     basis = torch.cat([phase.cos(), phase.sin()]) * torch.sin(math.pi * time / (2 * hop)) / math.sqrt(hop)
-    # Speech falls by about 12 dB an octave above 500 Hz; half of that is lifted, and latents come to about 1.
-    frequency = bins[:, 0] * model.sample_rate / (2 * hop)
-    lift = 8 * torch.sqrt(1 + (frequency / 500) ** 2).repeat(2)
+    # One scale for all, so that distances between latents are distances between waveforms; loud latents come to about 1.
+    scale = 32.0
     analysis, synthesis = encoder[-1].weight.zero_(), decoder[0].weight
     synthesis *= 0.01
     synthesis[:hop] = 0
@@ -346,8 +345,8 @@ def start_as_lapped_transform(model: nn.Module) -> None:
         for tap in (-1, 0, 1):
             position = tap * hop + offset + hop // 2  # in the window
             if 0 <= position < 2 * hop:
-                analysis[:, channel, 1 + tap] = (basis[:, position] * lift).float()
-                synthesis[channel, :, 3 - tap] = (basis[:, position] / lift).float()
+                analysis[:, channel, 1 + tap] = (basis[:, position] * scale).float()
+                synthesis[channel, :, 3 - tap] = (basis[:, position] / scale).float()
 
     for stride, block in zip(reversed(rates), decoder[1:-3]):
         offsets = offsets[::stride]
@@ -374,8 +373,7 @@ def fit_quantizer(model: nn.Module, latents: torch.Tensor, iterations: int = 10)
     DAC looks codes up by angle alone, which suits loud frames only. So the 8th dimension of each code is a
     constant of 4 standard deviations: seen from there, angles order the codes almost as distances do.
     """
-    lift = model.decoder.model[0].weight[: model.hop_length].square().sum((0, 2)).rsqrt()  # undone: waveform scale
-    rest = latents / lift
+    rest = latents
     for quantizer in tqdm(model.quantizer.quantizers, desc="fitting codebooks"):
         axes = torch.linalg.eigh(rest.T @ rest)[1][:, -7:]  # [D, 7]
         points = rest @ axes
@@ -389,11 +387,11 @@ def fit_quantizer(model: nn.Module, latents: torch.Tensor, iterations: int = 10)
             codes = torch.where(count > 0, sums / count.clamp(min=1), codes)
         height = 4.0
         quantizer.codebook.weight.copy_(F.pad(codes, (0, 1), value=height))
-        quantizer.in_proj.weight.copy_(F.pad(axes / lift[:, None] / scale, (0, 1)).T[..., None])
+        quantizer.in_proj.weight.copy_(F.pad(axes / scale, (0, 1)).T[..., None])
         quantizer.in_proj.bias.copy_(F.pad(torch.zeros(7), (0, 1), value=height))
-        quantizer.out_proj.weight.copy_(F.pad(axes * lift[:, None] * scale, (0, 1))[..., None])
+        quantizer.out_proj.weight.copy_(F.pad(axes * scale, (0, 1))[..., None])
         quantizer.out_proj.bias.zero_()
-        rest = rest - quantizer((rest * lift).T[None])[0][0].T / lift
+        rest = rest - quantizer(rest.T[None])[0][0].T
 
 
 def fit_codec(speech, seconds: int = 400, seed: int = 0) -> nn.Module:

@@ -337,8 +337,7 @@ def load_checkpoint(path) -> dict:
     """Reads a checkpoint as plain tensors, never as code. Raises SettingsError if it is missing or none of ours."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["config"], checkpoint["model"], checkpoint["codec"]["name"]
-        checkpoint.setdefault("separator", "codecformer")  # the bundled one is older than the choice
+        checkpoint["separator"], checkpoint["config"], checkpoint["model"], checkpoint["codec"]["name"]
     except FileNotFoundError:
         raise SettingsError(f"no checkpoint {path}: train one with train.py or give another path") from None
     except Exception as error:  # torch.load raises half a dozen types on a file that is not one of ours
