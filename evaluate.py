@@ -311,7 +311,7 @@ def write_results(out: Path, rows: dict, dataset, scores: list[dict], codec, che
         "n_mixtures": len(scores),
         "n_speakers": dataset.n_speakers,
         "command": command,
-        "checkpoints": {path: {k: c[k] for k in facts} for path, c in checkpoints.items()},
+        "checkpoints": {os.path.relpath(path): {k: c[k] for k in facts} for path, c in checkpoints.items()},
         "codec": {k: getattr(codec, k) for k in ("name", "sample_rate", "codec_rate", "frame_rate", "bitrate", "lag")},
         "data": os.path.relpath(dataset.root),
         "machine": machine(codec.device),
