@@ -292,6 +292,14 @@ mixtures.</p>
 """
 
 
+def origin(path, checkpoint: dict) -> str:
+    """What a checkpoint says of itself, in a line."""
+    return (
+        f"{path}: {checkpoint['separator']}, codec {checkpoint['codec']['name']} {checkpoint['codec']['fingerprint']}, "
+        f"trained with {checkpoint['args']['loss']} on {checkpoint['args']['data']}, git {checkpoint['git']}"
+    )
+
+
 def open_set(args, codec, n_speakers: int) -> FixedMixtures:
     dataset = FixedMixtures(args.data, codec.sample_rate, mix=args.mix_folder)
     if dataset.n_speakers != n_speakers:
@@ -359,7 +367,9 @@ def evaluate(args, command: str) -> None:
     page = listening_page(list(examples.values()), table, f"{separator} on {Path(args.data).name}")
     (out / "index.html").write_text(page, encoding="utf-8")
     data, ckpt = os.path.relpath(args.data), os.path.relpath(ckpt)
-    print(f"\n{len(scores)} mixtures of {dataset.n_speakers} speakers from {data}, checkpoint {ckpt}\n\n{table}")
+    print(
+        f"\n{len(scores)} mixtures of {dataset.n_speakers} speakers from {data}, {origin(ckpt, checkpoint)}\n\n{table}"
+    )
     print(f"\nThe codec's lag of {codec.lag} samples at {codec.codec_rate} Hz is removed.")
     print(f"listen: {(out / 'index.html').resolve().as_uri()}")
 
@@ -396,7 +406,7 @@ def evaluate_situations(args, command: str) -> None:
     rows = summarise(scores)
     write_results(out, rows, dataset, scores, codec, checkpoints, command)
     for (title, path), checkpoint in zip(zip(models, checkpoints), checkpoints.values()):
-        print(f"{title}: {path}, trained with {checkpoint['args']['loss']}")
+        print(f"{title}: {origin(path, checkpoint)}")
     print(
         f"{len(scores)} mixtures from {os.path.relpath(args.data)}, codec {codec.name} ({codec.bitrate / 1000:.1f} "
         f"kbit/s quantised, lag of {codec.lag} samples removed).\n\n{row_title('separator', 'it hears', 0, 0)[:41]}RVQ"

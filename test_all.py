@@ -1349,7 +1349,9 @@ def test_evaluate_writes_all_it_promises(trained, tmp_path):
     assert results["rows"]["mixture, untouched"]["si_sdr_i"]["mean"] == pytest.approx(0, abs=1e-5)
     assert results["rows"]["clean source through the codec"]["si_sdr"]["mean"] > 20
     (saved,) = results["checkpoints"].values()
-    assert saved["separator"] == "codecformer" and saved["args"]["seconds"] == 0.5 and saved["git"]
+    assert saved["separator"] == "codecformer" and saved["args"]["seconds"] == 0.5
+    assert saved["config"]["d_model"] == 16 and saved["codec"]["name"] == "bundled"
+    assert f"on {saved['args']['data']}, git {train.git_revision()}" in result.stdout
     with open(tmp_path / "out" / "results.csv") as file:
         lines = [line for line in csv.DictReader(file) if line["row"] == "Codecformer"]
     scores = [float(line["si_sdr"]) for line in lines]
@@ -1363,6 +1365,20 @@ def test_evaluate_writes_all_it_promises(trained, tmp_path):
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("<audio") == page.count("<img") == 2 * 5
     assert 'src="http' not in page
+
+
+def test_another_sample_rate_works_throughout(tmp_path):
+    write_fixed_set(SpeakerMixtures(SPEECH.parent / "valid", 16000, 1.0, 1), tmp_path / "set")
+    flags = ["--sample_rate", 16000, "--epochs", 1, "--epoch_size", 4, "--batch_size", 4, "--loss", "csi_sdr"]
+    run_train("--out", tmp_path / "r", *flags, "--valid", tmp_path / "set", "--loss_seconds", 0.2)
+    assert math.isfinite(float(logged(tmp_path / "r")[-1]["loss"]))
+    model, codec, checkpoint = evaluate.load_separator(tmp_path / "r" / "best.pt", "cpu")
+    assert (codec.sample_rate, codec.codec_rate) == (16000, 8000)
+    item = FixedMixtures(tmp_path / "set", 16000)[0]
+    signals, transmitted = evaluate.separate_mixture(model, codec, checkpoint, item)
+    assert signals["Codecformer"].shape == transmitted.shape == item["sources"].shape == (2, 16000)
+    with pytest.raises(DataError, match="16000 Hz"):
+        FixedMixtures(tmp_path / "set", 8000)
 
 
 def test_one_command_prints_the_papers_table(trained, tmp_path):
