@@ -119,6 +119,8 @@ def parse_args(argv=None):
     for name in ("lr", "clip"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} is {getattr(args, name)}, it must be positive")
+    if args.loss_seconds != 0 and not 0.1 <= args.loss_seconds < math.inf:
+        parser.error(f"--loss_seconds is {args.loss_seconds}, it must be 0 (the whole segment) or at least 0.1")
     if args.cache and (args.loss not in ON_LATENTS or args.speeds != [100]):
         parser.error(f"--cache holds latents as they are: it needs --speeds 100 and --loss {', '.join(ON_LATENTS)}")
     if args.model == "sepformer" and (args.loss in ON_LATENTS or args.quantize_before or args.quantize_after):
