@@ -63,7 +63,7 @@ from train import (
     restore_model,
     separation_loss,
     setup_process,
-)  # fmt: skip
+)
 
 TITLES = {"si_sdr": "SI-SDR", "si_sdr_i": "SI-SDRi", "sdr": "SDR", "sdr_i": "SDRi", "pesq": "PESQ", "stoi": "STOI"}
 COLUMNS = ["si_sdr", "si_sdr_i", "csi_sdr_i", "sdr_i", "pesq", "stoi"]
@@ -751,7 +751,7 @@ def main():
     parser.add_argument("--cost", action="store_true", help="what Codecformer and Sepformer cost, side by side")
     parser.add_argument("--compile", action="store_true", help="torch.compile the separator")
     parser.add_argument("--mix", nargs="+", metavar="FILE", help="recordings to separate instead")
-    parser.add_argument("--out", help="output folder (default: results, results_situations or separated)")
+    parser.add_argument("--out", help="output folder (default: results, results_situations, results_cost, separated)")
     args = parser.parse_args()
     if len(args.ckpt) > 1 and not args.situations:
         parser.error("several --ckpt are compared with --situations")
