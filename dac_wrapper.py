@@ -102,13 +102,11 @@ def load_dac(path) -> tuple[nn.Module, str]:
     Returns it frozen, with a fingerprint of the weights that tells codecs apart whatever their files are called.
     Raises CodecError for a file that is missing, broken, of another kind, or that would run code.
     """
-    dac = import_dac()
+    import_dac()  # a package that can't be imported is no fault of the file
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state, kwargs = checkpoint["state_dict"], checkpoint["metadata"]["kwargs"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # dac uses the old weight_norm
-            model = dac.DAC(**kwargs)
+        state = checkpoint["state_dict"]
+        model = build_dac(checkpoint["metadata"]["kwargs"])
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     except FileNotFoundError:
         raise CodecError(
@@ -122,6 +120,14 @@ def load_dac(path) -> tuple[nn.Module, str]:
     for name in sorted(state):
         digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
     return model.eval().requires_grad_(False), digest.hexdigest()
+
+
+def build_dac(shape: dict) -> nn.Module:
+    """An untrained `dac.DAC` of that shape."""
+    dac = import_dac()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # dac uses the old weight_norm
+        return dac.DAC(**shape)
 
 
 def fold_weight_norm(model: nn.Module) -> None:
@@ -289,10 +295,8 @@ SMALL = dict(
 
 
 def random_dac(shape: dict) -> nn.Module:
-    """An untrained `dac.DAC` of that shape, its weight norm folded, in evaluation mode."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # dac uses the old weight_norm
-        model = import_dac().DAC(**shape)
+    """`build_dac` with the weight norm folded, in evaluation mode."""
+    model = build_dac(shape)
     fold_weight_norm(model)
     return model.eval()
 

@@ -150,12 +150,13 @@ def separate_mixture(model, codec, checkpoint, item) -> tuple[dict, np.ndarray]:
     before, after = checkpoint["quantize_before"], checkpoint["quantize_after"]
     estimates = separate(model, codec, mixture, before, after)
     _, assignment = pit(pairwise_negative_si_sdr(estimates, sources[None]))
+    transmitted = codec.transmit(sources)
     signals = {
         "mixture, untouched": mixture.expand_as(sources),
-        "clean source through the codec": codec.transmit(sources, quantize=before or after),
+        "clean source through the codec": transmitted if before or after else codec.transmit(sources, quantize=False),
         type(model).__name__: reorder(estimates, assignment)[0],
     }
-    return {row: s.cpu().numpy() for row, s in signals.items()}, codec.transmit(sources).cpu().numpy()
+    return {row: s.cpu().numpy() for row, s in signals.items()}, transmitted.cpu().numpy()
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def keep_hard(loss: torch.Tensor, threshold: float = -30.0) -> torch.Tensor:
 
     Sepformer's recipe does the same, so that easy mixtures don't drown the others. What is left may be empty.
     """
-    return loss[loss > threshold]
+    return loss[~(loss <= threshold)]  # NaN stays, for the caller to see
 
 
 def pairwise_negative_si_sdr(estimates: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:

@@ -271,8 +271,7 @@ def separation_loss(predict, codec, batch, args, device) -> torch.Tensor:
                 estimates = codec.decode(estimates, sources.shape[-1])
         pairwise = LOSSES[args.loss](codec, estimates, sources, margin)
     loss, _ = pit(pairwise)
-    # NaN lies on neither side of the threshold and would leave the step unseen.
-    return keep_hard(torch.where(loss.isnan(), math.inf, loss), args.threshold)
+    return keep_hard(loss, args.threshold)
 
 
 @torch.no_grad()
