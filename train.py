@@ -403,7 +403,7 @@ def train(args) -> None:
     out = Path(args.out)
     start = start_from(args, out)
     dataset = open_mixtures(args.data, args, args.epoch_size, args.seed, train=True)
-    valid = open_mixtures(args.valid, args, args.valid_size, args.seed + 1, train=False)
+    valid = open_mixtures(args.valid, args, args.valid_size, 1, train=False)  # the same whatever the run's seed
     per_update = world * args.accumulate * args.batch_size
     updates = len(dataset) // per_update
     if updates < 1:
