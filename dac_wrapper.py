@@ -398,10 +398,11 @@ def fit_quantizer(model: nn.Module, latents: torch.Tensor, iterations: int = 10)
         rest = rest - quantizer(rest.T[None])[0][0].T
 
 
-def fit_codec(speech, seconds: int = 400, seed: int = 0) -> nn.Module:
+def fit_codec(speech, seconds: int = 400, seed: int = 0, voices_only: bool = False) -> nn.Module:
     """A DAC of the SMALL shape whose encoder and decoder are a transform and whose codebooks are fitted to speech.
 
-    speech: folder of speakers; seconds: of mixtures, and of each of their two voices. Raises DataError.
+    speech: folder of speakers; seconds: of mixtures, and of each of their two voices; voices_only: the mixtures are
+    replaced by as much of more voices. Raises DataError.
     """
     from data import SpeakerMixtures  # here, since loading a codec needs no data
 
@@ -410,17 +411,37 @@ def fit_codec(speech, seconds: int = 400, seed: int = 0) -> nn.Module:
     start_as_lapped_transform(model)
     fast = copy.deepcopy(model)
     drop_silent_units(fast)
-    mixtures = SpeakerMixtures(speech, SMALL["sample_rate"], 1.0, size=seconds, seed=seed, speeds=(85, 100, 118))
+    size = seconds * 3 // 2 if voices_only else seconds
+    mixtures = SpeakerMixtures(speech, SMALL["sample_rate"], 1.0, size, seed, speeds=(85, 100, 118))
     frames = []
-    for index in tqdm(range(seconds), desc="encoding speech", unit="mixture"):
+    for index in tqdm(range(size), desc="encoding speech", unit="mixture"):
         item = mixtures[index]
-        wav = torch.from_numpy(np.concatenate([item["sources"], item["mixture"][None]]))  # [3, T]
+        signals = [item["sources"]] if voices_only else [item["sources"], item["mixture"][None]]
+        wav = torch.from_numpy(np.concatenate(signals))  # [2 or 3, T]
         # Some way around the level that the codec is fed at.
-        wav = wav * LEVEL / wav.std(-1, keepdim=True).clamp(min=1e-4) * 10 ** (torch.randn(3, 1) * 3 / 20)
+        wav = wav * LEVEL / wav.std(-1, keepdim=True).clamp(min=1e-4) * 10 ** (torch.randn(len(wav), 1) * 3 / 20)
         with torch.no_grad():
             frames.append(fast.encoder(wav[:, None]).transpose(1, 2).flatten(0, 1))
     fit_quantizer(model, torch.cat(frames))
     return model
+
+
+def score_codec(codec: Codec, speech, size: int = 100) -> dict[str, tuple[float, float]]:
+    """The mean SI-SDR in dB, {"voices" or "mixtures": (continuous, quantised)}, on `size` mixtures of 4 s of `speech`.
+
+    speech: folder of speakers, which should not be those that the codec was fitted to. Raises DataError.
+    """
+    from data import SpeakerMixtures
+    from losses import si_sdr
+
+    scores = {("voices", quantize): [] for quantize in (False, True)} | {("mixtures", q): [] for q in (False, True)}
+    mixtures = SpeakerMixtures(speech, codec.sample_rate, 4.0, size, seed=1)
+    for index in tqdm(range(size), desc="scoring", unit="mixture"):
+        item = mixtures[index]
+        for (kind, quantize), values in scores.items():
+            wav = torch.from_numpy(item["sources"] if kind == "voices" else item["mixture"][None])
+            values += si_sdr(codec.transmit(wav, quantize), wav).tolist()
+    return {k: tuple(float(np.mean(scores[k, quantize])) for quantize in (False, True)) for k in ("voices", "mixtures")}
 
 
 def save_dac(model: nn.Module, path) -> None:
@@ -444,6 +465,8 @@ def main():
     parser = Parser(description="Makes the small codec that comes with the repository.")
     parser.add_argument("--speech", default=str(ASSETS / "speech/train"), help="folder with one folder per speaker")
     parser.add_argument("--seconds", type=int, default=400, help="of mixtures that the codebooks are fitted to")
+    parser.add_argument("--voices_only", action="store_true", help="fit to single voices, without mixtures")
+    parser.add_argument("--valid", default=str(ASSETS / "speech/valid"), help="folder of other speakers, to score it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="weights file to write")
     args = parser.parse_args()
@@ -451,7 +474,10 @@ def main():
         parser.error("--seconds must be at least 60, to fill the codebooks, and --seed at least 0")
     if Path(args.out).exists():
         parser.error(f"{args.out} exists already: remove it or choose another --out")
-    save_dac(fit_codec(args.speech, args.seconds, args.seed), args.out)
+    save_dac(fit_codec(args.speech, args.seconds, args.seed, args.voices_only), args.out)
+    codec = Codec.load(args.out, SMALL["sample_rate"])
+    for kind, (continuous, quantised) in score_codec(codec, args.valid).items():
+        print(f"{kind:8} {continuous:.2f} dB SI-SDR, {quantised:.2f} at {codec.bitrate / 1000:g} kbit/s")
 
 
 if __name__ == "__main__":

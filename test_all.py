@@ -373,6 +373,25 @@ def test_making_the_small_codec_writes_an_official_file_that_transmits_speech(tm
     assert codec.lag == 0
     assert si_sdr(codec.transmit(speech), speech).mean() > 3
     assert set(torch.load(path, weights_only=True)) == {"state_dict", "metadata"}
+    alone = dac_wrapper.fit_codec(SPEECH, seconds=12, voices_only=True).state_dict()
+    both = torch.load(path, weights_only=True)["state_dict"]
+    name = "quantizer.quantizers.0.codebook.weight"
+    assert alone[name].shape == both[name].shape and not torch.allclose(alone[name], both[name].float(), atol=0.01)
+
+
+def test_a_codec_is_scored_on_voices_and_on_their_mixtures(codec):
+    class Noisy:  # adds an error of a quarter of the signal's energy, or as much as its own when quantised
+        sample_rate = 8000
+
+        def transmit(self, wav, quantize):
+            noise = torch.randn_like(wav)
+            noise = noise - (noise * wav).sum(-1, keepdim=True) / wav.square().sum(-1, keepdim=True) * wav
+            share = 1 if quantize else 0.5
+            return wav + share * noise * wav.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+
+    scores = dac_wrapper.score_codec(Noisy(), SPEECH, size=2)
+    for kind in ("voices", "mixtures"):
+        assert scores[kind] == pytest.approx((10 * math.log10(4), 0), abs=0.05)  # 0.05: means are removed
 
 
 class Bomb:
@@ -888,6 +907,20 @@ def test_librimix_is_read_with_and_without_its_tables_and_noise(librimix, monkey
     for item in cuts:
         rest, noise = item["mixture"] - item["sources"].sum(0), read("noise", item["name"])
         assert any(np.allclose(rest, noise[k : k + 4000], atol=1e-5) for k in range(len(noise) - 3999))
+
+
+def test_a_recording_that_cannot_be_searched_is_read_from_its_start(tmp_path):
+    tone = 0.3 * np.sin(0.3 * np.arange(16000))
+    sf.write(tmp_path / "tone.gsm", tone, 8000, format="RAW", subtype="GSM610")
+    audio, rate = read_audio(tmp_path / "tone.gsm")
+    assert rate == 8000 and len(audio) == 16000 and np.corrcoef(audio, tone)[0, 1] > 0.99
+
+
+def test_voices_of_one_kind_never_come_in_two_splits():
+    testing = {voice.split("_")[1] for voice in data.VOICES if voice.startswith("ktuberling")}
+    readers = {voice.split("_")[1] for voice in data.MORE_VOICES if voice.startswith("klettres")}
+    assert len(testing) == 13 and len(readers) == 9 and not testing & readers  # both are read by KDE's people
+    assert not data.VOICES.keys() & data.MORE_VOICES.keys() and data.VALID_VOICES < data.VOICES.keys()
 
 
 def test_sets_that_do_not_fit_are_refused_when_opened(librimix):
