@@ -34,6 +34,7 @@ import platform
 import re
 import shlex
 import signal
+import string
 import sys
 import time
 import warnings
@@ -271,26 +272,11 @@ def listening_page(examples: list[dict], table: str, title: str) -> str:
         sections.append(
             f"<h2>{html.escape(example['name'])}: SI-SDRi {gain:+.1f} dB</h2><section>{''.join(columns)}</section>"
         )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 1300px; padding: 0 1rem; color: #222; }}
-h2 {{ font-size: 1rem; margin: 2rem 0 .4rem; }}
-section {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: .8rem; }}
-figure {{ margin: 0; }} figcaption {{ font-size: .85rem; }}
-img {{ width: 100%; height: 130px; display: block; image-rendering: auto; background: #000; }}
-audio {{ width: 100%; height: 34px; margin-top: 4px; }}
-pre {{ overflow-x: auto; background: #f4f4f4; padding: .8rem; font-size: 13px; }}
-</style></head><body>
-<h1>{html.escape(title)}</h1>
-<p>{len(examples)} mixtures, evenly spaced through the set, not chosen by ear. Spectrograms: 0 to
-{examples[0]["rate"] // 2000} kHz upwards, 70 dB of range. Values in the table: mean and 95 % interval over all
-mixtures.</p>
-<pre>{html.escape(table)}</pre>
-{"".join(sections)}
-</body></html>
-"""
+    page = string.Template((ASSETS / "page.html").read_text(encoding="utf-8"))
+    return page.substitute(
+        title=html.escape(title), table=html.escape(table), examples="".join(sections),
+        count=len(examples), khz=examples[0]["rate"] // 2000,
+    )  # fmt: skip
 
 
 def origin(path, checkpoint: dict) -> str:
