@@ -11,7 +11,7 @@ Relative levels and the peak follow the WSJ0-2mix recipe, speed perturbation the
 
     python data.py mix --speech DIR --out DIR             writes a fixed set
     python data.py wsj0 --wsj0 DIR --lists DIR --out DIR  makes WSJ0-2mix and -3mix
-    python data.py debian --out speech                    builds 8 hours of real speech from Debian's packages
+    python data.py debian --out speech                    builds 9 hours of real speech from Debian's packages
     python data.py bundle --speech speech --out DIR       packs the small folder that comes with this repository
 """
 
