@@ -460,7 +460,7 @@ def save_dac(model: nn.Module, path) -> None:
 
 
 def main():
-    from data import Parser
+    from data import Parser, list_speakers
 
     parser = Parser(description="Makes the small codec that comes with the repository.")
     parser.add_argument("--speech", default=str(ASSETS / "speech/train"), help="folder with one folder per speaker")
@@ -474,6 +474,7 @@ def main():
         parser.error("--seconds must be at least 60, to fill the codebooks, and --seed at least 0")
     if Path(args.out).exists():
         parser.error(f"{args.out} exists already: remove it or choose another --out")
+    list_speakers(args.valid)  # raises at once where they are missing, not after the fit
     save_dac(fit_codec(args.speech, args.seconds, args.seed, args.voices_only), args.out)
     codec = Codec.load(args.out, SMALL["sample_rate"])
     for kind, (continuous, quantised) in score_codec(codec, args.valid).items():
