@@ -434,14 +434,15 @@ def score_codec(codec: Codec, speech, size: int = 100) -> dict[str, tuple[float,
     from data import SpeakerMixtures
     from losses import si_sdr
 
-    scores = {("voices", quantize): [] for quantize in (False, True)} | {("mixtures", q): [] for q in (False, True)}
+    scores = {"voices": ([], []), "mixtures": ([], [])}
     mixtures = SpeakerMixtures(speech, codec.sample_rate, 4.0, size, seed=1)
     for index in tqdm(range(size), desc="scoring", unit="mixture"):
         item = mixtures[index]
-        for (kind, quantize), values in scores.items():
-            wav = torch.from_numpy(item["sources"] if kind == "voices" else item["mixture"][None])
-            values += si_sdr(codec.transmit(wav, quantize), wav).tolist()
-    return {k: tuple(float(np.mean(scores[k, quantize])) for quantize in (False, True)) for k in ("voices", "mixtures")}
+        for kind, signals in (("voices", item["sources"]), ("mixtures", item["mixture"][None])):
+            wav = torch.from_numpy(signals)
+            for quantize, values in zip((False, True), scores[kind]):
+                values += si_sdr(codec.transmit(wav, quantize), wav).tolist()
+    return {kind: tuple(float(np.mean(values)) for values in both) for kind, both in scores.items()}
 
 
 def save_dac(model: nn.Module, path) -> None:

@@ -520,8 +520,10 @@ MORE_VOICES = {
 }
 for lang in "ar cs he hu it ml nl pt_BR tn".split():
     MORE_VOICES[f"klettres_{lang}"] = (["klettres-data"], rf"klettres/{lang}/.*\.(wav|ogg)")
-GAME = "British Classic Default Default_es Default_pl Default_ru Default_uk HillBilly Mobster Pirate Russian"
-for character in [*GAME.split(), "Russian_pl", "Singer", "Surfer"]:
+for character in (
+    "British Classic Default Default_es Default_pl Default_ru Default_uk "
+    "HillBilly Mobster Pirate Russian Russian_pl Singer Surfer"
+).split():
     pattern = rf"games/hedgewars/Data/Sounds/voices/{character}/.*\.ogg"
     MORE_VOICES[f"hedgewars_{character.lower()}"] = (["hedgewars-data"], pattern)
 
