@@ -1,27 +1,33 @@
-"""The neural audio codec: a frozen Descript Audio Codec (DAC) that is exact in time, length and level.
+"""The neural audio codec: a frozen network, such as the Descript Audio Codec (DAC), exact in time, length and level.
 
-    codec = Codec.load("bundled", sample_rate=8000)      # or dac_16khz, dac_24khz, dac_44khz, a path
+    codec = Codec.load("dac_16khz", sample_rate=8000)    # a name in CODECS, or the path of a DAC weights file
     latents = codec.encode(wav)                          # [..., T] -> [..., D, F]
     wav = codec.decode(codec.quantize(latents), length)  # [..., D, F] -> [..., length]
 
 What is unusual:
-- DAC returns fewer samples than it was given where a stride is odd, and trained weights can shift the signal
-  (the 16 kHz model by 8 samples, which alone turns a good SI-SDR into -20 dB; issues 37, 42, 72 and 118 of
-  descript-audio-codec). The shift belongs to the weights, so `Codec` measures it on real speech when it loads
-  and removes it.
-- `encode` and `decode` leave the level alone. DAC was trained near one level, so callers multiply by
-  `codec.gain(wav)` before encoding and divide after decoding; `transmit` does both.
+- DAC returns fewer samples than it was given where a stride is odd, and trained weights can shift the signal (the
+  16 kHz model by 8 samples, which alone turns a good SI-SDR into -20 dB; issues 37, 42, 72 and 118 of
+  descript-audio-codec). `Codec` measures the shift of the weights on real speech as it loads, and undoes it.
+- `encode` and `decode` leave the level alone. DAC was trained near one level, so callers multiply by `codec.gain(wav)`
+  before encoding and divide after decoding; `transmit` does both.
 - Weights are read as plain tensors, never as code, with weight norm folded away once.
 
-`python dac_wrapper.py --out FILE` makes the small codec that comes with the repository: see `fit_codec`.
+A codec of your own is a bare network, at whatever rate, length, shift and level it was made, and a line in CODECS:
+`Codec` wraps it, and nobody else looks at it. The network is a module with
+
+    encoder         waveforms [B, 1, F * hop_length] -> latents [B, D, F], a module
+    decoder         latents [B, D, F] -> waveforms [B, 1, about F * hop_length], a module
+    quantize        (latents [B, D, F], n_codebooks) -> the same through the first of its codebooks, straight-through
+    sample_rate, hop_length, latent_dim, n_codebooks, codebook_size
+
 DAC is Kumar et al., 2023, https://arxiv.org/abs/2306.06546.
 """
 
-import copy
 import hashlib
 import importlib
 import math
 import os
+import shutil
 import sys
 import types
 import urllib.request
@@ -29,7 +35,6 @@ import warnings
 from pathlib import Path
 
 import julius
-import numpy as np
 import soundfile as sf
 import torch
 import torch.nn.functional as F
@@ -38,11 +43,6 @@ from tqdm import tqdm
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 CACHE = Path.home() / ".cache" / "descript" / "dac"  # the dac package's own
-OFFICIAL = {
-    "dac_16khz": ("0.0.5/weights_16khz.pth", "weights_16khz_8kbps_0.0.5.pth"),
-    "dac_24khz": ("0.0.4/weights_24khz.pth", "weights_24khz_8kbps_0.0.4.pth"),
-    "dac_44khz": ("0.0.1/weights.pth", "weights_44khz_8kbps_0.0.1.pth"),
-}
 RELEASES = "https://github.com/descriptinc/descript-audio-codec/releases/download/"
 LEVEL = 10 ** (-25 / 20)  # RMS at which a codec is fed: loud enough for DAC, peaks far from its final tanh
 
@@ -55,12 +55,19 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-def import_dac():
-    """Imports the `dac` package also where torchaudio is missing or broken.
+def fold_weight_norm(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if hasattr(module, "weight_g"):
+            nn.utils.remove_weight_norm(module)
+    return model
 
-    dac reaches torchaudio only through audiotools, which uses none of it for the model. PyPI's torchaudio needs
-    a CUDA build of torch and dies beside a CPU build, so there an empty module takes its place for the import.
+
+def import_dac():
+    """Imports the `dac` package also where torchaudio is broken, as PyPI's is beside a CPU build of torch.
+
+    dac reaches torchaudio only through audiotools, which uses none of it for the model: an empty module will do.
     """
+    warnings.filterwarnings("ignore", ".*weight_norm. is deprecated", FutureWarning)  # dac uses the old one
     if "dac" in sys.modules:
         return sys.modules["dac"]
     try:
@@ -77,18 +84,15 @@ def import_dac():
 
 
 def download(url: str, path: Path) -> None:
-    """Fetches `url` to `path` with a progress bar; a broken transfer leaves nothing under that name."""
+    """Fetches `url` to `path`, whole or not at all. Raises CodecError without a network."""
     partial = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as file:
-            total = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {path.name}") as bar:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            if total and bar.n != total:
-                raise OSError(f"the connection ended after {bar.n} of {total} bytes")
+            with tqdm.wrapattr(response, "read", total=response.length, desc=f"fetching {path.name}") as body:
+                shutil.copyfileobj(body, file)
+            if response.length:
+                raise OSError(f"the connection ended {response.length} bytes too early")
         os.replace(partial, path)
     except OSError as error:
         raise CodecError(f"can't fetch {url} ({error}): fetch it elsewhere and put it at {path}") from None
@@ -96,52 +100,65 @@ def download(url: str, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_dac(path) -> tuple[nn.Module, str]:
-    """Builds a `dac.DAC` from a weights file of the official format (a dict of state_dict and metadata.kwargs).
+class DAC(nn.Module):
+    """A `dac.DAC` as the bare network that `Codec` takes."""
 
-    Returns it frozen, with a fingerprint of the weights that tells codecs apart whatever their files are called.
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.encoder, self.decoder, self.quantizer = model.encoder, model.decoder, model.quantizer
+        for fact in ("sample_rate", "hop_length", "latent_dim", "n_codebooks", "codebook_size"):
+            setattr(self, fact, int(getattr(model, fact)))
+
+    def quantize(self, latents, n_codebooks):
+        return self.quantizer(latents, n_codebooks)[0]
+
+
+def load_dac(path) -> tuple[DAC, dict]:
+    """The network, and the weights as they stand in a file of DAC's official format: state_dict and metadata.kwargs.
+
     Raises CodecError for a file that is missing, broken, of another kind, or that would run code.
     """
     import_dac()  # a package that can't be imported is no fault of the file
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint["state_dict"]
-        model = build_dac(checkpoint["metadata"]["kwargs"])
-        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+        weights = checkpoint["state_dict"]
+        model = import_dac().DAC(**checkpoint["metadata"]["kwargs"])
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     except FileNotFoundError:
-        raise CodecError(
-            f"no codec {path}: use bundled, {', '.join(OFFICIAL)} or the path of a DAC weights file"
-        ) from None
+        raise CodecError(f"no codec {path}: use {', '.join(CODECS)} or the path of a DAC weights file") from None
     except Exception as error:  # torch.load raises half a dozen types on a file that is not one of ours
         raise CodecError(f"{path} is no DAC weights file ({first_line(error)}): fetch or make it anew") from None
-    fold_weight_norm(model)
-    drop_silent_units(model)
+    return DAC(fold_weight_norm(model)), weights
+
+
+def load_official(release: str, name: str) -> tuple[DAC, dict]:
+    """`load_dac` of a file of DAC's releases, fetched once. Raises CodecError without a network."""
+    if not (CACHE / name).exists():
+        download(RELEASES + release, CACHE / name)
+    return load_dac(CACHE / name)
+
+
+def load_transform() -> tuple[nn.Module, dict]:
+    from recipes.transform_codec import load_transform as load  # here, since it builds on this module
+
+    return load()
+
+
+# What --codec knows: for each name a function that returns a bare network and its weights, a dict of tensors whose
+# fingerprint tells codecs apart whatever their files are called.
+CODECS = {
+    "transform": load_transform,  # no neural codec; it needs no network
+    "dac_16khz": lambda: load_official("0.0.5/weights_16khz.pth", "weights_16khz_8kbps_0.0.5.pth"),
+    "dac_24khz": lambda: load_official("0.0.4/weights_24khz.pth", "weights_24khz_8kbps_0.0.4.pth"),
+    "dac_44khz": lambda: load_official("0.0.1/weights.pth", "weights_44khz_8kbps_0.0.1.pth"),
+}
+
+
+def fingerprint(weights: dict) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(state):
-        digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
-    return model.eval().requires_grad_(False), digest.hexdigest()
-
-
-def build_dac(shape: dict) -> nn.Module:
-    """An untrained `dac.DAC` of that shape."""
-    dac = import_dac()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # dac uses the old weight_norm
-        return dac.DAC(**shape)
-
-
-def fold_weight_norm(model: nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, "weight_g"):
-            nn.utils.remove_weight_norm(module)
-
-
-def drop_silent_units(model: nn.Module) -> None:
-    """Removes residual units whose last convolution is all zeros: they add nothing and cost most of the time."""
-    for block in [*model.encoder.block, *model.decoder.model]:
-        for name, unit in list(block.named_modules()):
-            if type(unit).__name__ == "ResidualUnit" and not any(p.any() for p in unit.block[3].parameters()):
-                block.set_submodule(name, nn.Identity())
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def measure_lag(reference: torch.Tensor, delayed: torch.Tensor, reach: int) -> tuple[int, float]:
@@ -157,43 +174,34 @@ def measure_lag(reference: torch.Tensor, delayed: torch.Tensor, reach: int) -> t
 
 
 class Codec:
-    """A frozen DAC between waveforms [..., T] at `sample_rate` and latents [..., D, F], whatever is in front.
+    """A frozen bare network between waveforms [..., T] at `sample_rate` and latents [..., D, F], whatever is in front.
 
-    Facts: sample_rate (of the data), codec_rate (its own), frame_rate (latents per second), latent_dim (D),
-    n_codebooks, bitrate (bits per second, all codebooks), lag (samples at codec_rate by which the bare model is
-    late; already removed), name and fingerprint (of the weights).
+    Facts: sample_rate (of the data), codec_rate (the network's), frame_rate (latents per second), latent_dim (D),
+    n_codebooks, bitrate (bits per second, all codebooks), lag (samples at codec_rate by which the bare network is
+    late; already removed), name and fingerprint (of the weights), device.
     """
 
-    def __init__(self, dac: nn.Module, sample_rate: int, name: str = "", fingerprint: str = "", device="cpu"):
+    def __init__(self, network: nn.Module, sample_rate: int, name: str = "", fingerprint: str = "", device="cpu"):
         """Raises CodecError if `sample_rate` is out of range or the speech for measuring the lag is missing."""
         if not 1000 <= sample_rate <= 192000:
             raise CodecError(f"sample rate {sample_rate} Hz is out of range: 1000 to 192000")
-        self.dac = dac.to(device)
+        self.network = network.to(device).eval().requires_grad_(False)
         self.name, self.fingerprint, self.device = name, fingerprint, torch.device(device)
-        self.sample_rate, self.codec_rate = sample_rate, int(dac.sample_rate)
-        self.hop = int(dac.hop_length)
+        self.sample_rate, self.codec_rate, self.hop = sample_rate, network.sample_rate, network.hop_length
         self.frame_rate = self.codec_rate / self.hop
-        self.latent_dim, self.n_codebooks = int(dac.latent_dim), int(dac.n_codebooks)
-        self.bitrate = self.n_codebooks * math.log2(dac.codebook_size) * self.frame_rate
+        self.latent_dim, self.n_codebooks = network.latent_dim, network.n_codebooks
+        self.bitrate = self.n_codebooks * math.log2(network.codebook_size) * self.frame_rate
         self.lag = 0
         self.lag = self._measure_lag()
 
     @classmethod
-    def load(cls, name: str = "bundled", sample_rate: int = 8000, device="cpu") -> "Codec":
-        """Loads `bundled`, `dac_16khz`, `dac_24khz`, `dac_44khz` (fetched once) or a DAC weights file.
+    def load(cls, name: str = "transform", sample_rate: int = 8000, device="cpu") -> "Codec":
+        """Loads one of CODECS (official ones are fetched once) or a DAC weights file.
 
         Raises CodecError for an unknown name, a missing network and a broken file.
         """
-        path = Path(name)
-        if name == "bundled":
-            path = ASSETS / "codec.pth"
-        elif name in OFFICIAL:
-            remote, local = OFFICIAL[name]
-            path = CACHE / local
-            if not path.exists():
-                download(RELEASES + remote, path)
-        dac, fingerprint = load_dac(path)
-        return cls(dac, sample_rate, name, fingerprint, device)
+        network, weights = CODECS[name]() if name in CODECS else load_dac(name)
+        return cls(network, sample_rate, name, fingerprint(weights), device)
 
     @torch.no_grad()
     def _measure_lag(self) -> int:
@@ -210,6 +218,32 @@ class Codec:
             )
             return 0
         return lag
+
+    @property
+    def samples_per_frame(self) -> int:
+        """Samples of the data in a frame of latents. Raises CodecError where that is no whole number."""
+        if self.hop * self.sample_rate % self.codec_rate:
+            raise CodecError(f"a frame of {self.name} is no whole number of samples: train without --loss_seconds")
+        return self.hop * self.sample_rate // self.codec_rate
+
+    def margins(self) -> tuple[int, int]:
+        """Frames before and after a moment that coding it depends on: they hold 99 % of its gradient's energy.
+
+        Of the gradient of a latent by the waveform, and of a frame of waveform by the latents, one added to the other:
+        a part of a signal that is coded by itself lacks that much at its ends.
+        """
+        speech = calibration_speech(self.codec_rate)[:, : 100 * self.hop].to(self.device)
+        wav = (speech * self.gain(speech)).view(-1, self.hop).requires_grad_()
+        latents = self._encode(wav.view(1, -1))[0].T  # [F, D]
+        given, n, reach = latents.detach().requires_grad_(), len(wav), len(wav) // 4
+        decoded = self._decode(given.T[None], wav.numel()).view(n, self.hop)
+        margins = [0, 0]
+        for outputs, inputs in ((latents, wav), (decoded, given)):
+            (gradient,) = torch.autograd.grad(outputs[n // 2].square().sum(), inputs, retain_graph=True)
+            energy = gradient.square().sum(1)[n // 2 - reach : n // 2 + reach + 1]
+            for side, tail in enumerate((energy[:reach], energy[reach + 1 :].flip(0))):  # from the far end
+                margins[side] += int((tail.cumsum(0) > 0.005 * energy.sum()).sum())
+        return tuple(margins)
 
     def gain(self, wav: torch.Tensor) -> torch.Tensor:
         """The factor that brings each signal to the level that codecs are fed at; [..., T] -> [..., 1].
@@ -234,7 +268,7 @@ class Codec:
         n_codebooks = self.n_codebooks if n_codebooks is None else n_codebooks
         if not 1 <= n_codebooks <= self.n_codebooks:
             raise ValueError(f"{n_codebooks} codebooks asked for, the codec has 1 to {self.n_codebooks}")
-        return self.dac.quantizer(latents.flatten(0, -3), n_codebooks)[0].view_as(latents)
+        return self.network.quantize(latents.flatten(0, -3), n_codebooks).view_as(latents)
 
     def decode(self, latents: torch.Tensor, length: int) -> torch.Tensor:
         """Latents [..., D, F] -> [..., length] at `sample_rate`, in time with what was encoded; differentiable."""
@@ -253,9 +287,8 @@ class Codec:
     def _resample(self, wav: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
         if from_rate == to_rate:
             return wav
-        return julius.resample_frac(
-            wav, from_rate, to_rate, output_length=math.ceil(wav.shape[-1] * to_rate / from_rate)
-        )
+        length = math.ceil(wav.shape[-1] * to_rate / from_rate)
+        return julius.resample_frac(wav, from_rate, to_rate, output_length=length)
 
     def _in_parts(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         # On a CPU, more than a few signals fall out of the cache: 83 audio seconds a second on a core, in parts 134.
@@ -264,10 +297,10 @@ class Codec:
     def _encode(self, wav: torch.Tensor) -> torch.Tensor:
         # A late codec needs the frames that hold the last `lag` samples.
         frames = math.ceil((wav.shape[-1] + max(self.lag, 0)) / self.hop)
-        return self._in_parts(self.dac.encoder, F.pad(wav, (0, frames * self.hop - wav.shape[-1]))[:, None])
+        return self._in_parts(self.network.encoder, F.pad(wav, (0, frames * self.hop - wav.shape[-1]))[:, None])
 
     def _decode(self, latents: torch.Tensor, length: int) -> torch.Tensor:
-        wav = self._in_parts(self.dac.decoder, latents)[:, 0]
+        wav = self._in_parts(self.network.decoder, latents)[:, 0]
         wav = F.pad(wav, (-self.lag, 0))  # negative padding crops
         return F.pad(wav, (0, length - wav.shape[-1]))
 
@@ -280,210 +313,3 @@ def calibration_speech(sample_rate: int) -> torch.Tensor:
     except (sf.LibsndfileError, OSError):
         raise CodecError(f"{path} is missing, on which a codec's lag is measured: restore the assets folder") from None
     return julius.resample_frac(torch.from_numpy(speech)[None], rate, sample_rate)
-
-
-# Making the small codec ----------------------------------------------------------------------------------------------
-
-DAC_16KHZ = dict(
-    encoder_dim=64, encoder_rates=[2, 4, 5, 8], latent_dim=1024, decoder_dim=1536, decoder_rates=[8, 5, 4, 2],
-    n_codebooks=12, codebook_size=1024, codebook_dim=8, sample_rate=16000,
-)  # fmt: skip
-SMALL = dict(
-    encoder_dim=16, encoder_rates=[5, 4, 4, 2], latent_dim=320, decoder_dim=256, decoder_rates=[2, 4, 4, 5],
-    n_codebooks=12, codebook_size=1024, codebook_dim=8, sample_rate=8000,
-)  # fmt: skip
-
-
-def random_dac(shape: dict) -> nn.Module:
-    """`build_dac` with the weight norm folded, in evaluation mode."""
-    model = build_dac(shape)
-    fold_weight_norm(model)
-    return model.eval()
-
-
-@torch.no_grad()
-def start_as_lapped_transform(model: nn.Module) -> None:
-    """Sets a DAC of the SMALL shape up so that its latents are a windowed Fourier transform and it is transparent.
-
-    Random weights would first have to learn to pass a waveform through. But the strided convolutions can hold a
-    transform exactly: each block passes the samples of its stride on as channels, the last convolution of the
-    encoder sees three frames of 160 samples each and projects a 40 ms sine window of them on 160 cosines and 160
-    sines (the MDCT and its sine twin, Princen and Bradley 1986), and the first of the decoder inverts that. Masks on
-    such latents are what separators with a short-time Fourier transform learn. The Snakes on this path are nearly
-    linear, and the residual units add nothing.
-    """
-    rates = model.encoder_rates
-    hop = math.prod(rates)
-    for module in model.modules():
-        if type(module).__name__ == "ResidualUnit":
-            module.block[3].weight.zero_()
-        elif isinstance(module, nn.ConvTranspose1d):
-            module.bias.zero_()
-    encoder, decoder = model.encoder.block, model.decoder.model
-    for block in encoder[1:-2]:
-        block.block[3].alpha.fill_(0.01)
-    encoder[-2].alpha.fill_(0.01)
-    for block in decoder[1:-3]:
-        block.block[0].alpha.fill_(0.01)
-    decoder[-3].alpha.fill_(0.01)
-
-    # Channel c of a block holds sample offsets[c] of each of its frames.
-    encoder[0].weight[0], encoder[0].weight[0, 0, 3] = 0, 1
-    offsets, length = [0], 1
-    for stride, block in zip(rates, encoder[1:-2]):
-        block.block[4].weight[: len(offsets) * stride] = 0
-        pass_samples(block.block[4].weight, len(offsets), stride)
-        offsets = [offset + k * length for offset in offsets for k in range(stride)]
-        length *= stride
-
-    time = torch.arange(2 * hop, dtype=torch.float64) + 0.5
-    bins = torch.arange(hop, dtype=torch.float64)[:, None] + 0.5
-    phase = math.pi / hop * (time + hop / 2) * bins
-    basis = torch.cat([phase.cos(), phase.sin()]) * torch.sin(math.pi * time / (2 * hop)) / math.sqrt(hop)
-    # One scale for all, so that distances between latents are distances between waveforms; loud latents come to about 1.
-    scale = 32.0
-    analysis, synthesis = encoder[-1].weight.zero_(), decoder[0].weight
-    synthesis *= 0.01
-    synthesis[:hop] = 0
-    for channel, offset in enumerate(offsets):
-        for tap in (-1, 0, 1):
-            position = tap * hop + offset + hop // 2  # in the window
-            if 0 <= position < 2 * hop:
-                analysis[:, channel, 1 + tap] = (basis[:, position] * scale).float()
-                synthesis[channel, :, 3 - tap] = (basis[:, position] / scale).float()
-
-    for stride, block in zip(reversed(rates), decoder[1:-3]):
-        offsets = offsets[::stride]
-        block.block[1].weight[:, : len(offsets)] = 0
-        pass_samples(block.block[1].weight, len(offsets), stride)
-    decoder[-2].weight *= 0.01
-    decoder[-2].weight[0], decoder[-2].weight[0, 0, 3] = 0, 1
-
-
-def pass_samples(weight: torch.Tensor, channels: int, stride: int) -> None:
-    """Sets the ones by which a strided convolution hands `stride` samples of each channel on as channels.
-
-    The same places in a transposed convolution's weight make it hand them back.
-    """
-    for channel in range(channels):
-        for k in range(stride):
-            weight[channel * stride + k, channel, k + math.ceil(stride / 2)] = 1
-
-
-@torch.no_grad()
-def fit_quantizer(model: nn.Module, latents: torch.Tensor, iterations: int = 10) -> None:
-    """Fits the RVQ to latents [N, D], codebook after codebook, by k-means on 7 principal axes of what is left.
-
-    DAC looks codes up by angle alone, which suits loud frames only. So the 8th dimension of each code is a
-    constant of 4 standard deviations: seen from there, angles order the codes almost as distances do.
-    """
-    rest = latents
-    for quantizer in tqdm(model.quantizer.quantizers, desc="fitting codebooks"):
-        axes = torch.linalg.eigh(rest.T @ rest)[1][:, -7:]  # [D, 7]
-        points = rest @ axes
-        scale = points.square().sum(1).mean().sqrt()
-        points = points / scale
-        codes = points[torch.randperm(len(points))[: len(quantizer.codebook.weight)]]
-        for _ in range(iterations):
-            nearest = torch.cat([torch.cdist(part, codes).argmin(1) for part in points.split(10000)])
-            sums = torch.zeros_like(codes).index_add_(0, nearest, points)
-            count = torch.bincount(nearest, minlength=len(codes))[:, None]
-            codes = torch.where(count > 0, sums / count.clamp(min=1), codes)
-        height = 4.0
-        quantizer.codebook.weight.copy_(F.pad(codes, (0, 1), value=height))
-        quantizer.in_proj.weight.copy_(F.pad(axes / scale, (0, 1)).T[..., None])
-        quantizer.in_proj.bias.copy_(F.pad(torch.zeros(7), (0, 1), value=height))
-        quantizer.out_proj.weight.copy_(F.pad(axes * scale, (0, 1))[..., None])
-        quantizer.out_proj.bias.zero_()
-        rest = rest - quantizer(rest.T[None])[0][0].T
-
-
-def fit_codec(speech, seconds: int = 400, seed: int = 0, voices_only: bool = False) -> nn.Module:
-    """A DAC of the SMALL shape whose encoder and decoder are a transform and whose codebooks are fitted to speech.
-
-    speech: folder of speakers; seconds: of mixtures, and of each of their two voices; voices_only: the mixtures are
-    replaced by as much of more voices. Raises DataError.
-    """
-    from data import SpeakerMixtures  # here, since loading a codec needs no data
-
-    torch.manual_seed(seed)
-    model = random_dac(SMALL)
-    start_as_lapped_transform(model)
-    fast = copy.deepcopy(model)
-    drop_silent_units(fast)
-    size = seconds * 3 // 2 if voices_only else seconds
-    mixtures = SpeakerMixtures(speech, SMALL["sample_rate"], 1.0, size, seed, speeds=(85, 100, 118))
-    frames = []
-    for index in tqdm(range(size), desc="encoding speech", unit="mixture"):
-        item = mixtures[index]
-        signals = [item["sources"]] if voices_only else [item["sources"], item["mixture"][None]]
-        wav = torch.from_numpy(np.concatenate(signals))  # [2 or 3, T]
-        # Some way around the level that the codec is fed at.
-        wav = wav * LEVEL / wav.std(-1, keepdim=True).clamp(min=1e-4) * 10 ** (torch.randn(len(wav), 1) * 3 / 20)
-        with torch.no_grad():
-            frames.append(fast.encoder(wav[:, None]).transpose(1, 2).flatten(0, 1))
-    fit_quantizer(model, torch.cat(frames))
-    return model
-
-
-def score_codec(codec: Codec, speech, size: int = 100) -> dict[str, tuple[float, float]]:
-    """The mean SI-SDR in dB, {"voices" or "mixtures": (continuous, quantised)}, on `size` mixtures of 4 s of `speech`.
-
-    speech: folder of speakers, which should not be those that the codec was fitted to. Raises DataError.
-    """
-    from data import SpeakerMixtures
-    from losses import si_sdr
-
-    scores = {"voices": ([], []), "mixtures": ([], [])}
-    mixtures = SpeakerMixtures(speech, codec.sample_rate, 4.0, size, seed=1)
-    for index in tqdm(range(size), desc="scoring", unit="mixture"):
-        item = mixtures[index]
-        for kind, signals in (("voices", item["sources"]), ("mixtures", item["mixture"][None])):
-            wav = torch.from_numpy(signals)
-            for quantize, values in zip((False, True), scores[kind]):
-                values += si_sdr(codec.transmit(wav, quantize), wav).tolist()
-    return {kind: tuple(float(np.mean(values)) for values in both) for kind, both in scores.items()}
-
-
-def save_dac(model: nn.Module, path) -> None:
-    """Writes a folded DAC in the official format, in half precision."""
-    state = {}
-    for name, module in model.named_modules():
-        for key, tensor in module.named_parameters(prefix=name, recurse=False):
-            if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) and key.endswith("weight"):
-                norm = tensor.detach().flatten(1).norm(dim=1).view(-1, 1, 1)
-                state[f"{key}_g"] = norm.half()
-                # A direction of zeros has no norm to divide by; any other does for a gain of zero.
-                state[f"{key}_v"] = torch.where(norm > 0, tensor.detach(), 1.0).half()
-            else:
-                state[key] = tensor.detach().half()
-    torch.save({"state_dict": state, "metadata": {"kwargs": SMALL}}, path)
-
-
-def main():
-    from data import Parser, list_speakers
-
-    parser = Parser(description="Makes the small codec that comes with the repository.")
-    parser.add_argument("--speech", default=str(ASSETS / "speech/train"), help="folder with one folder per speaker")
-    parser.add_argument("--seconds", type=int, default=400, help="of mixtures that the codebooks are fitted to")
-    parser.add_argument("--voices_only", action="store_true", help="fit to single voices, without mixtures")
-    parser.add_argument("--valid", default=str(ASSETS / "speech/valid"), help="folder of other speakers, to score it")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, help="weights file to write")
-    args = parser.parse_args()
-    if args.seconds < 60 or args.seed < 0:
-        parser.error("--seconds must be at least 60, to fill the codebooks, and --seed at least 0")
-    if Path(args.out).exists():
-        parser.error(f"{args.out} exists already: remove it or choose another --out")
-    list_speakers(args.valid)  # raises at once where they are missing, not after the fit
-    save_dac(fit_codec(args.speech, args.seconds, args.seed, args.voices_only), args.out)
-    codec = Codec.load(args.out, SMALL["sample_rate"])
-    for kind, (continuous, quantised) in score_codec(codec, args.valid).items():
-        print(f"{kind:8} {continuous:.2f} dB SI-SDR, {quantised:.2f} at {codec.bitrate / 1000:g} kbit/s")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:  # DataError and CodecError
-        sys.exit(f"error: {error}")

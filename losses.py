@@ -2,13 +2,13 @@
 
 Each training loss has the same signature, so that a new one is one function and one line in LOSSES:
 
-    loss(codec, estimates, sources, margin) -> pairwise [B, S, S]
+    loss(codec, estimates, sources, margins) -> pairwise [B, S, S]
 
-with `estimates` the waveforms [B, S, T] that the separator arrives at, or their latents [B, S, D, F] for the losses
-in ON_LATENTS, and `sources` [B, S, T] the clean sources at the gain that brought their mixture to the codec's level, so
-that their latents are what a mask on the mixture's latents can reach; `margin` samples at both ends are there for the
-codec's sake and not scored. Entry (b, i, j) says how badly estimate i fits
-source j, in dB, lower is better; `pit` then picks the permutation.
+with `estimates` the waveforms [B, S, T] that the separator arrives at, or their latents [B, S, D, F] where its line
+says so, and `sources` [B, S, T] the clean sources at the gain that brought their mixture to the codec's level, so that
+their latents are what a mask on the mixture's latents can reach; `margins` frames before and after are there for the
+codec's sake and not scored. Entry (b, i, j) says how badly estimate i fits source j, in dB, lower is better; `pit` then
+picks the permutation.
 
 SI-SDR is Le Roux et al., 2019, https://arxiv.org/abs/1811.02508; cSI-SDR is the
 Codecformer paper's, https://arxiv.org/abs/2406.12434; the embedding loss follows Codecformer-EL,
@@ -79,25 +79,40 @@ def pairwise_latent_error(estimates: torch.Tensor, targets: torch.Tensor) -> tor
     return 10 * torch.log10((error + EPS) / (targets.square().mean((-1, -2))[:, None] + EPS))
 
 
-def inner(signal: torch.Tensor, margin: int) -> torch.Tensor:
-    return signal[..., margin : signal.shape[-1] - margin]
+def crop(codec, latents, sources, position, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same `frames` of latents [B, S, D, F] and of sources [B, S, T], at positions [B] from 0 to 1.
+
+    The codec is most of a step with the waveform losses, and a part of a segment tells how good its latents are.
+    """
+    samples = codec.samples_per_frame
+    starts = (position * (max(latents.shape[-1] - frames, 0) + 1)).int().tolist()
+    return (
+        torch.stack([z[..., start : start + frames] for z, start in zip(latents, starts)]),
+        torch.stack([s[..., start * samples : (start + frames) * samples] for s, start in zip(sources, starts)]),
+    )
 
 
-def si_sdr_loss(codec, estimates, sources, margin=0):
+def inner(signal: torch.Tensor, margins: tuple[int, int], per_frame: int) -> torch.Tensor:
+    return signal[..., margins[0] * per_frame : signal.shape[-1] - margins[1] * per_frame]
+
+
+def si_sdr_loss(codec, estimates, sources, margins=(0, 0)):
     """Negative SI-SDR against the clean sources."""
-    return pairwise_negative_si_sdr(inner(estimates, margin), inner(sources, margin))
+    if any(margins):
+        estimates, sources = (inner(x, margins, codec.samples_per_frame) for x in (estimates, sources))
+    return pairwise_negative_si_sdr(estimates, sources)
 
 
-def csi_sdr_loss(codec, estimates, sources, margin=0):
+def csi_sdr_loss(codec, estimates, sources, margins=(0, 0)):
     """Negative codec SI-SDR: against the sources as the codec itself would have transmitted them."""
-    return pairwise_negative_si_sdr(inner(estimates, margin), inner(codec.transmit(sources), margin))
+    return si_sdr_loss(codec, estimates, codec.transmit(sources), margins)
 
 
-def embedding_loss(codec, latents, sources, margin=0):
+def embedding_loss(codec, latents, sources, margins=(0, 0)):
     """The latents' error against those of the clean sources; nothing is decoded."""
-    frames = round(margin * codec.frame_rate / codec.sample_rate)
-    return pairwise_latent_error(inner(latents, frames), inner(codec.encode(sources), frames))
+    targets = codec.encode(sources)[..., : latents.shape[-1]]  # those of a late codec are more
+    return pairwise_latent_error(inner(latents, margins, 1), inner(targets, margins, 1))
 
 
-LOSSES = {"si_sdr": si_sdr_loss, "csi_sdr": csi_sdr_loss, "embedding": embedding_loss}
-ON_LATENTS = {"embedding"}  # the losses whose estimates are latents, not decoded
+# For each name: the loss, and whether its estimates are latents, not decoded.
+LOSSES = {"si_sdr": (si_sdr_loss, False), "csi_sdr": (csi_sdr_loss, False), "embedding": (embedding_loss, True)}

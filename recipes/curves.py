@@ -1,0 +1,48 @@
+"""Draws a run's training loss and validation SI-SDRi: train.py after every epoch, or of several runs in one picture.
+
+    python -m recipes.curves runs/a runs/b --out curves.png
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from checkpoint import SettingsError, run_program
+from data import Parser
+
+
+def draw(folders, out) -> None:
+    """Reads steps.csv and log.csv of each folder. Raises SettingsError where they are missing or can't be drawn."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    try:
+        warnings.filterwarnings("ignore", "genfromtxt: Empty input")  # before the first update
+        for folder in map(Path, folders):
+            steps, epochs = (
+                np.genfromtxt(folder / name, delimiter=",", names=True, ndmin=1) for name in ("steps.csv", "log.csv")
+            )
+            if steps.size:
+                window = max(len(steps) // 100, 1)  # a mean over as many updates makes a curve of the scatter
+                smooth = np.convolve(steps["loss"], np.ones(window) / window, "valid")
+                left.plot(steps["step"][window - 1 :], smooth, linewidth=1)
+            right.plot(epochs["seconds"] / 3600, epochs["valid_si_sdr_i"], "o-", label=folder.name)
+        left.set(xlabel="update", ylabel="training loss, each run's own, dB")
+        right.set(xlabel="hours", ylabel="validation SI-SDRi, dB")
+        right.legend()
+        figure.savefig(out, dpi=80)
+    except OSError as error:
+        raise SettingsError(f"can't draw the curves of {folder} ({error}): give folders of train.py") from None
+
+
+def main() -> None:
+    parser = Parser(description="Draws the curves of runs.")
+    parser.add_argument("runs", nargs="+", help="folders of train.py")
+    parser.add_argument("--out", default="curves.png", help="picture to write")
+    args = parser.parse_args()
+    draw(args.runs, args.out)
+
+
+if __name__ == "__main__":
+    run_program(main)

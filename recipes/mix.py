@@ -1,0 +1,84 @@
+"""Writes a fixed set of mixtures from a folder of speakers.
+
+    python -m recipes.mix --speech DIR --out set --n 3000 --n_speakers 3 --noise DIR
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+from tqdm import tqdm
+
+from checkpoint import run_program
+from data import WHAM_SNR, DataError, Parser, SpeakerMixtures
+
+
+class new_folder:
+    """Context: a temporary folder beside `out` that takes its name only if all went well."""
+
+    def __init__(self, out):
+        self.out = Path(out)
+
+    def __enter__(self) -> Path:
+        if self.out.exists():
+            raise DataError(f"{self.out} exists already: remove it or choose another --out")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
+            self.temporary.chmod(0o755)
+        except OSError as error:
+            raise DataError(f"can't write to {self.out.parent}: {error.strerror}") from None
+        return self.temporary
+
+    def __exit__(self, error_type, *_):
+        if error_type is None:
+            self.temporary.rename(self.out)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def write_fixed_set(mixtures, out) -> None:
+    """Writes a dataset as a fixed set of 16-bit FLAC, the mixture exactly the sum of its rounded parts.
+
+    Folders: mix_clean, s1, s2 ..., or with noise mix_both, s1, s2 ..., noise.
+    Raises DataError if `out` exists already or can't be written; a half-written set never bears that name.
+    """
+    with new_folder(out) as folder:
+        names = ["mix_both" if mixtures.noisy else "mix_clean"] + [f"s{k + 1}" for k in range(mixtures.n_speakers)]
+        names += ["noise"] if mixtures.noisy else []
+        for name in names:
+            (folder / name).mkdir()
+        for index in tqdm(range(len(mixtures)), desc=f"writing {out}", unit="mixture"):
+            item = mixtures[index]
+            parts = [*item["sources"], item["mixture"] - item["sources"].sum(0)][: len(names) - 1]
+            parts = np.round(np.stack(parts) * 32768).astype(np.int16)  # peaks lie at 0.9
+            for name, signal in zip(names, [parts.sum(0).astype(np.int16), *parts]):
+                path = folder / name / f"{index:04d}_{item['name']}.flac"
+                sf.write(path, signal, mixtures.sample_rate, subtype="PCM_16")
+
+
+def main() -> None:
+    parser = Parser(description="Writes a fixed set of mixtures.")
+    parser.add_argument("--speech", required=True, help="folder with one folder per speaker")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--n", type=int, default=48, help="number of mixtures")
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--n_speakers", type=int, default=2, help="2 to 5")
+    parser.add_argument("--noise", help="folder of recordings to add as noise")
+    parser.add_argument("--snr", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range in dB, speech over noise")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sample_rate", type=int, default=8000)
+    args = parser.parse_args()
+    if args.n < 1 or args.sample_rate < 1000 or args.seconds < 0.1 or args.seed < 0:
+        raise DataError("--n is at least 1, --sample_rate 1000, --seconds 0.1, --seed 0")
+    if args.snr and not args.noise:
+        raise DataError("--snr needs --noise, a folder of recordings")
+    settings = (args.sample_rate, args.seconds, args.n, args.seed, args.n_speakers)
+    mixtures = SpeakerMixtures(args.speech, *settings, noise=args.noise, snr=args.snr or WHAM_SNR)
+    write_fixed_set(mixtures, args.out)
+
+
+if __name__ == "__main__":
+    run_program(main)
