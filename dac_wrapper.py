@@ -41,6 +41,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from soundstream import load_lyra
+
 ASSETS = Path(__file__).resolve().parent / "assets"
 CACHE = Path.home() / ".cache" / "descript" / "dac"  # the dac package's own
 RELEASES = "https://github.com/descriptinc/descript-audio-codec/releases/download/"
@@ -148,6 +150,7 @@ def load_transform() -> tuple[nn.Module, dict]:
 # fingerprint tells codecs apart whatever their files are called.
 CODECS = {
     "transform": load_transform,  # no neural codec; it needs no network
+    "lyra": load_lyra,
     "dac_16khz": lambda: load_official("0.0.5/weights_16khz.pth", "weights_16khz_8kbps_0.0.5.pth"),
     "dac_24khz": lambda: load_official("0.0.4/weights_24khz.pth", "weights_24khz_8kbps_0.0.4.pth"),
     "dac_44khz": lambda: load_official("0.0.1/weights.pth", "weights_44khz_8kbps_0.0.1.pth"),

@@ -25,11 +25,12 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ import data
 import evaluate
 import losses
 import separate as separate_program
+import soundstream
 import train
 from checkpoint import (
     SEPARATORS, SettingsError, build_model, load_checkpoint, load_separator, parse_args, restore_model,
@@ -68,6 +70,7 @@ from recipes.latents import write_latents
 from recipes.mix import write_fixed_set
 from recipes.sepformer import Sepformer, SepformerConfig
 from recipes.wsj0_mix import active_speech_level
+from soundstream import SoundStream, SoundStreamConfig, load_lyra, load_soundstream, save_soundstream
 
 HERE = Path(__file__).parent
 SPEECH = ASSETS / "speech" / "train"
@@ -549,6 +552,221 @@ def test_official_weights_are_fetched_whole_or_not_at_all(tmp_path, monkeypatch,
     assert cached.read_bytes() == weights and load_quietly("dac_16khz").codec_rate == 16000  # without a server
 
 
+# SoundStream; the original that Lyra is tested against is run by ai-edge-litert ---------------------------------------
+
+SHARED = HERE.parent / "shared"
+LYRA = SHARED / "lyra"
+SMALL_SOUNDSTREAM = SoundStreamConfig(
+    sample_rate=8000, kernel=32, stride=8, widths=(8, 16, 16, 32), latent_dim=12, n_codebooks=3, codebook_size=32
+)  # fmt: skip
+needs_lyra = pytest.mark.skipif(not LYRA.is_dir(), reason="Lyra's weights are not in ../shared/lyra")
+
+
+def librispeech_speech(n_files=10, seconds=3):
+    """[n_files, T] at 16 kHz, real recordings as loud as they are."""
+    files = sorted((SHARED / "speech/librispeech_251").glob("*.flac"))[3::20]
+    files = [file for file in files if sf.info(file).frames > 16000 * (seconds + 1)][:n_files]
+    if len(files) < n_files:
+        pytest.skip("the recordings are not in ../shared/speech/librispeech_251")
+    frames = dict(start=16000, frames=16000 * seconds, dtype="float32")
+    return torch.stack([torch.from_numpy(sf.read(file, **frames)[0]) for file in files])
+
+
+def run_original(name, frames):
+    """The outputs of Lyra's own streaming graph for a list of inputs, one call each, as one tensor."""
+    interpreter = pytest.importorskip("ai_edge_litert.interpreter", reason="ai-edge-litert is not installed")
+    graph = interpreter.Interpreter(str(LYRA / name), num_threads=1)
+    graph.allocate_tensors()
+    source, result = graph.get_input_details()[0]["index"], graph.get_output_details()[0]["index"]
+    outputs = []
+    for frame in frames:
+        graph.set_tensor(source, frame.numpy())
+        graph.invoke()
+        outputs.append(torch.from_numpy(graph.get_tensor(result).copy()))
+    return torch.stack(outputs)
+
+
+def relative_errors(ours, reference):
+    """Of each signal, relative to its standard deviation."""
+    return (ours - reference).flatten(1).std(1) / reference.flatten(1).std(1)
+
+
+@slow
+@needs_lyra
+def test_latents_and_waveforms_are_those_of_the_original_but_for_its_8_bit_activations():
+    codec, _ = load_lyra(LYRA)
+    wav = librispeech_speech()
+    latents = torch.stack([run_original("soundstream_encoder.tflite", w.view(-1, 1, 320))[:, 0, 0].T for w in wav])
+    decoded = torch.stack([run_original("lyragan.tflite", z.T[:, None, None]).flatten() for z in latents])
+    with torch.no_grad():
+        assert relative_errors(codec.encoder(wav[:, None]), latents).max() < 0.10
+        # Loud frames exceed what 8 bits hold in the original, so the typical recording counts.
+        assert relative_errors(codec.decoder(latents)[:, 0], decoded).median() < 0.07
+
+
+@slow
+@needs_lyra
+def test_the_rvq_chooses_as_the_original_does():
+    interpreter = pytest.importorskip("ai_edge_litert.interpreter", reason="ai-edge-litert is not installed")
+    graph = interpreter.Interpreter(str(LYRA / "quantizer.tflite"), num_threads=1)
+    encode, decode = graph.get_signature_runner("encode"), graph.get_signature_runner("decode")
+    codec, _ = load_lyra(LYRA)
+    frames = librispeech_speech(2, 2).reshape(-1, 1, 320)
+    latents = run_original("soundstream_encoder.tflite", frames)[:, 0, 0]  # [F, 64]
+    for n_codebooks in (1, 16, 30, 46):
+        ours, codes = codec.quantizer(latents.T[None], n_codebooks)
+        for i, frame in enumerate(latents):
+            theirs = encode(input_frames=frame[None, None].numpy(), num_quantizers=np.int32(n_codebooks))["output_0"]
+            assert codes[0, :, i].tolist() == theirs[:n_codebooks].flatten().tolist()
+            assert (theirs[n_codebooks:] == -1).all()
+            decoded = torch.from_numpy(decode(encoding_indices=theirs)["output_0"][0, 0])
+            torch.testing.assert_close(ours[0, :, i].detach(), decoded)
+
+
+@needs_lyra
+def test_the_outermost_layers_are_the_strided_convolutions_of_the_file():
+    codec, _ = load_lyra(LYRA)
+    first, last = codec.encoder.layers[0], codec.decoder.layers[-1]
+    wav, inner = torch.randn(2, 1, 640), torch.randn(2, 64, 40)
+    with torch.no_grad():
+        weight, bias = soundstream.read_tflite(LYRA / "soundstream_encoder.tflite")[1][0]
+        expected = F.conv1d(F.pad(wav, (48, 0)), weight[:, :, 0], bias, stride=16)
+        ours = first(wav.view(2, 40, 1, 16).transpose(1, 3))[:, :, 0]
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+        weight, bias = soundstream.read_tflite(LYRA / "lyragan.tflite")[1][-1]
+        expected = F.conv_transpose1d(inner, weight[:, :, 0], bias, stride=16)[..., :640]
+        ours = last(inner[:, :, None]).transpose(1, 3).reshape(2, 1, 640)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+@needs_lyra
+def test_lyra_has_the_size_and_the_cost_that_are_known_of_it():
+    codec, _ = load_lyra(LYRA)
+    assert sum(p.numel() for p in codec.encoder.parameters()) == pytest.approx(0.660e6, rel=0.01)
+    assert sum(p.numel() for p in codec.decoder.parameters()) == pytest.approx(0.660e6, rel=0.01)
+    for network, given in ((codec.encoder, torch.randn(1, 1, 16000)), (codec.decoder, torch.randn(1, 64, 50))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(given)
+        assert counter.get_total_flops() / 2 == pytest.approx(0.0998e9, rel=0.01)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_codec_of_its_own_shape_returns_as_many_samples_as_it_was_given(causal):
+    torch.manual_seed(0)
+    codec = SoundStream(replace(SMALL_SOUNDSTREAM, causal=causal))
+    wav = torch.randn(3, 1, 11 * 160)
+    latents = codec.encoder(wav)
+    assert codec.hop_length == 160 and latents.shape == (3, 12, 11)
+    assert codec.quantize(latents, 2).shape == latents.shape
+    assert codec.decoder(latents).shape == wav.shape
+    torch.testing.assert_close(codec.encoder(wav[1:2]), latents[1:2], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="100 samples are no multiple of the codec's 160 a frame"):
+        codec.encoder(wav[..., :100])
+
+
+def test_a_causal_codec_waits_for_nothing_and_another_sees_both_sides():
+    torch.manual_seed(0)
+    wav = torch.randn(1, 1, 30 * 160)
+    later = wav.clone()
+    later[..., 15 * 160 :] += 1
+    for causal in (True, False):
+        codec = SoundStream(replace(SMALL_SOUNDSTREAM, causal=causal))
+        with torch.no_grad():
+            moved = (codec.encoder(wav) - codec.encoder(later)).abs().amax((0, 1))
+            assert (moved[:15].max() == 0) == causal and moved[15:].min() > 0
+            latents = torch.randn(1, 12, 30)
+            after = latents.clone()
+            after[..., 15:] += 1
+            moved = (codec.decoder(latents) - codec.decoder(after)).abs()[0, 0]
+            assert (moved[: 15 * 160].max() == 0) == causal and moved[15 * 160 :].max() > 0
+
+
+def test_gradients_reach_every_weight_and_pass_straight_through_the_rvq():
+    torch.manual_seed(0)
+    codec = SoundStream(SMALL_SOUNDSTREAM)
+    wav = torch.randn(2, 1, 1600, requires_grad=True)
+    codec.decoder(codec.quantize(codec.encoder(wav), 3)).square().mean().backward()
+    assert wav.grad.abs().min() > 0
+    for name, parameter in [*codec.encoder.named_parameters(), *codec.decoder.named_parameters()]:
+        assert parameter.grad.abs().sum() > 0, name
+    latents = torch.randn(2, 12, 10, requires_grad=True)
+    towards = torch.randn(2, 12, 10)
+    (codec.quantize(latents, 3) * towards).sum().backward()
+    torch.testing.assert_close(latents.grad, towards)
+
+
+def test_the_rvq_finds_the_nearest_entries():
+    torch.manual_seed(0)
+    quantizer = SoundStream(SMALL_SOUNDSTREAM).quantizer
+    latents = torch.randn(2, 12, 10)
+    quantised, codes = quantizer(latents, 2)
+    for b in range(2):
+        for f in range(10):
+            rest = latents[b, :, f]
+            for codebook, code in zip(quantizer.codebooks, codes[b, :, f]):
+                assert int((codebook - rest).norm(dim=1).argmin()) == int(code)
+                rest = rest - codebook[code]
+            torch.testing.assert_close(quantised[b, :, f], latents[b, :, f] - rest)
+
+
+def test_what_is_saved_is_read_back_with_its_shape(tmp_path):
+    codec = SoundStream(SMALL_SOUNDSTREAM)
+    save_soundstream(codec, tmp_path / "codec.pth")
+    again, weights = load_soundstream(tmp_path / "codec.pth")
+    assert again.config == SMALL_SOUNDSTREAM and list(tmp_path.iterdir()) == [tmp_path / "codec.pth"]
+    wav = torch.randn(1, 1, 1600)
+    torch.testing.assert_close(again.encoder(wav), codec.encoder(wav), atol=0, rtol=0)
+    assert weights.keys() == codec.state_dict().keys()
+
+
+@needs_lyra
+def test_lyra_is_converted_once_and_read_as_plain_tensors_after_that(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(soundstream, "CACHE", tmp_path)
+
+    def download(url, path):
+        fetched.append(url)
+        shutil.copy(LYRA / path.name, path)
+
+    monkeypatch.setattr("dac_wrapper.download", download)
+    codec, weights = load_lyra()
+    assert fetched == [soundstream.LYRA_URL + name for name in soundstream.LYRA_FILES]
+    for name in soundstream.LYRA_FILES:
+        (tmp_path / name).unlink()
+    again, _ = load_lyra()
+    assert all(torch.equal(a, b) for a, b in zip(codec.state_dict().values(), again.state_dict().values()))
+
+
+@needs_lyra
+def test_a_wrong_file_is_refused(tmp_path):
+    for name in soundstream.LYRA_FILES:
+        (tmp_path / name).write_bytes((LYRA / name).read_bytes())
+    (tmp_path / "lyragan.tflite").write_bytes(b"something else")
+    with pytest.raises(CodecError, match="lyragan.tflite is not the file.*remove it"):
+        load_lyra(tmp_path)
+    (tmp_path / "lyragan.tflite").unlink()
+    with pytest.raises(CodecError, match="no .*lyragan.tflite: fetch it from https"):
+        load_lyra(tmp_path)
+
+
+@needs_lyra
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_lyra_is_exact_in_time_length_and_level_like_any_codec(rate, tmp_path, monkeypatch):
+    monkeypatch.setattr(soundstream, "CACHE", tmp_path)
+    shutil.copytree(LYRA, tmp_path, dirs_exist_ok=True)
+    lyra = Codec.load("lyra", rate)
+    assert lyra.lag == 0 and (lyra.codec_rate, lyra.frame_rate, lyra.latent_dim) == (16000, 50.0, 64)
+    assert [lyra.bitrate * n / 46 for n in (16, 30, 46)] == pytest.approx([3200, 6000, 9200])
+    wav = torch.from_numpy(resample(librispeech_speech(1)[0].numpy(), 16000, rate))[None, :-7]
+    sent = lyra.transmit(wav)
+    assert sent.shape == wav.shape and measure_lag(wav[0], sent[0], 50)[0] == 0
+    assert torch.allclose(lyra.transmit(30 * wav), 30 * sent, atol=1e-2 * 30 * sent.abs().max().item())
+    levels = [si_sdr(lyra.transmit(wav, n_codebooks=n), wav).item() for n in (16, 30, 46)]
+    assert levels[0] < levels[1] < levels[2]
+    before, after = lyra.margins()
+    assert before > 3 and after <= 1  # causal
+
+
 # Losses ---------------------------------------------------------------------------------------------------------------
 
 
@@ -611,6 +829,26 @@ def test_scores_are_per_source_after_the_best_permutation(speech, rate, mode):
     assert not any(np.abs(rows["mixture"][c]).max() > 1e-4 for c in ("si_sdr_i", "csi_sdr_i", "sdr_i"))
     table = report.format_table(evaluate.summarise({"1": rows, "2": rows}, columns)).splitlines()
     assert "shifted by +3 samples" in table[1] and "shifted" not in table[2]
+
+
+def test_a_codec_is_scored_on_one_utterance_of_each_speaker(tmp_path, monkeypatch):
+    class Noisy:  # adds as much error as there is signal when quantised, a tenth of it when not
+        bitrate, n_codebooks = 6000, 12
+
+        def transmit(self, wav, quantize, n_codebooks):
+            error = wav.roll(4000, -1)
+            error = error - (error * wav).sum() / wav.square().sum() * wav
+            return wav + error * wav.norm() / error.norm() * (1 if quantize else 0.1**0.5)
+
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # no Opus here
+    monkeypatch.setattr(Codec, "load", lambda *_: Noisy())
+    program("recipes.codec_scores", monkeypatch, "--data", SPEECH.parent / "valid", "--out", tmp_path)
+    results = json.loads((tmp_path / "codec_scores.json").read_text())
+    rows = results["rows"]
+    assert results["n_speakers"] == 5 and list(rows) == ["transform/unquantised", "transform/6"]
+    assert rows["transform/unquantised"]["si_sdr"]["mean"] == pytest.approx(10, abs=0.05)  # means are removed
+    assert rows["transform/6"]["si_sdr"]["mean"] == pytest.approx(0, abs=0.05)
+    assert rows["transform/6"]["pesq"]["mean"] < rows["transform/unquantised"]["pesq"]["mean"]
 
 
 def test_a_score_that_cannot_be_had_is_left_out_counted_and_told(speech):
@@ -2082,7 +2320,8 @@ def test_any_input_gives_finite_audio_or_one_clear_line(codec, tmp_path_factory,
     path = tmp_path_factory.getbasetemp() / "fuzz.wav"
     path.write_bytes(wav)
     try:
-        estimates, rate = separate_wav(model, codec, path)
+        with mock.patch.object(shutil, "which", return_value=None):  # ffmpeg may read more than libsndfile
+            estimates, rate = separate_wav(model, codec, path)
     except DataError as error:
         assert path.name in str(error) and "\n" not in str(error)
     else:
@@ -2153,7 +2392,8 @@ def test_every_config_holds_the_papers_settings(config):
     assert (args.schedule, args.patience, args.plateau_start) == ("plateau", 2, 5) and args.speeds == [95, 100, 105]
     assert (args.quantize_before, args.quantize_after) == ("rvq" in config,) * 2
     assert args.loss == ("csi_sdr" if "csi_sdr" in config else "si_sdr") and args.loss_seconds == 0
-    assert args.sample_rate == 8000 and args.codec == ("transform" if "sepformer" in config else "dac_16khz")
+    codec = {"lyra.txt": "lyra", "sepformer_wsj0_2mix.txt": "transform"}.get(config, "dac_16khz")
+    assert args.sample_rate == 8000 and args.codec == codec
     assert args.out == f"runs/{config.removesuffix('.txt')}" and args.epochs == (80 if "libri" in config else 200)
     with torch.device("meta"):
         model = build_model(vars(args), 1024)

@@ -1,0 +1,88 @@
+"""What codecs make of single voices: SI-SDR, PESQ and STOI at each rate, beside Opus where opus-tools are installed.
+
+    python -m recipes.codec_scores --data libri/test --codecs transform lyra --out results/codecs
+
+One utterance of each speaker, its first 8 s, at 8 kHz: a codec of another rate is scored below 4 kHz.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+from tqdm import tqdm
+
+from checkpoint import choose_device, git_revision, machine, make_folder, run_program
+from dac_wrapper import CODECS, Codec
+from data import DataError, Parser, list_speakers, read_audio, resample
+from evaluate import score
+
+RATE = 8000
+CODEBOOKS = {"lyra": (16, 30, 46)}  # of other codecs all
+METRICS = ("si_sdr", "pesq", "stoi")
+
+
+def opus(wav: np.ndarray, kbit: int) -> np.ndarray:
+    """[T] through opusenc and opusdec at a constant rate. Raises DataError where they fail."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"{folder}/{name}" for name in ("in.wav", "coded.opus", "out.wav")]
+        sf.write(names[0], wav, RATE)
+        encode = ["opusenc", "--quiet", "--speech", "--hard-cbr", "--framesize", "20", "--bitrate", str(kbit)]
+        for command in ([*encode, *names[:2]], ["opusdec", "--quiet", "--rate", str(RATE), *names[1:]]):
+            if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
+                raise DataError(f"{command[0]} failed: {done.stderr.strip()}")
+        decoded, _ = read_audio(names[2])
+    return np.pad(decoded, (0, max(len(wav) - len(decoded), 0)))[: len(wav)]
+
+
+@torch.no_grad()
+def transmitted(wav: np.ndarray, codec: Codec, n_codebooks: int) -> np.ndarray:
+    """[T] through a codec; 0 codebooks: unquantised."""
+    return codec.transmit(torch.from_numpy(wav)[None], n_codebooks > 0, n_codebooks or None)[0].cpu().numpy()
+
+
+def main() -> None:
+    parser = Parser(description="Scores codecs on single voices.")
+    parser.add_argument("--data", required=True, help="folder with one folder per speaker")
+    parser.add_argument("--codecs", nargs="+", default=["transform"], help=f"of {', '.join(CODECS)}, or files")
+    parser.add_argument("--out", default="results/codecs", help="folder for codec_scores.json")
+    args = parser.parse_args()
+    make_folder(Path(args.out))
+    systems = {}  # {codec/kbit/s: what it makes of a signal [T]}
+    for name in args.codecs:
+        codec = Codec.load(name, RATE, choose_device())
+        for n in (0, *CODEBOOKS.get(name, (codec.n_codebooks,))):
+            kbit = codec.bitrate * n / codec.n_codebooks / 1000
+            row = f"{name}/{kbit:g}" if n else f"{name}/unquantised"
+            systems[row] = lambda wav, codec=codec, n=n: transmitted(wav, codec, n)
+    if shutil.which("opusenc"):
+        systems |= {f"opus/{kbit}": lambda wav, kbit=kbit: opus(wav, kbit) for kbit in (6, 9)}
+    scores = {name: {metric: [] for metric in METRICS} for name in systems}
+    for files in tqdm(list_speakers(args.data).values(), desc="scoring", unit="speaker"):
+        audio, rate = read_audio(files[0])
+        wav = resample(audio, rate, RATE)[: 8 * RATE]
+        for name, system in systems.items():
+            decoded = system(wav)
+            for metric in METRICS:
+                scores[name][metric].append(score(metric, decoded, wav, RATE))
+    rows = {}
+    print("codec, kbit/s".ljust(24) + "SI-SDR dB".rjust(14) + "PESQ".rjust(14) + "STOI".rjust(14))
+    for name, columns in scores.items():
+        known = {metric: np.array(values)[np.isfinite(values)] for metric, values in columns.items()}
+        rows[name] = {m: {"mean": v.mean(), "ci95": 1.96 * v.std(ddof=1) / len(v) ** 0.5} for m, v in known.items()}
+        print(name.ljust(24) + "".join(f"{c['mean']:.2f} ±{c['ci95']:.2f}".rjust(14) for c in rows[name].values()))
+    results = {
+        "rows": rows, "n_speakers": len(columns["si_sdr"]), "machine": machine(choose_device()), "git": git_revision(),
+        "command": shlex.join(["python", "-m", "recipes.codec_scores", *sys.argv[1:]]),
+    }  # fmt: skip
+    (Path(args.out) / "codec_scores.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_program(main)
