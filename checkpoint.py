@@ -6,6 +6,7 @@ was trained with), `git`, and where a run can go on from it, all that it needs f
 """
 
 import argparse
+import functools
 import io
 import json
 import math
@@ -50,18 +51,17 @@ def run_program(main) -> None:
 
 def choose_device() -> torch.device:
     """This process's device; the one place that chooses."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def machine(device) -> str:
-    """The kind of machine, for results."""
     return f"{platform.machine()}, {os.cpu_count()} cores, {device.type}, torch {torch.__version__}"
 
 
+@functools.cache
 def git_revision() -> str:
     command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
     try:
@@ -289,6 +289,8 @@ def resumed_settings(given: dict, checkpoint: dict, world: int):
     if now != before:
         given = f"{world} process(es), --batch_size {args.batch_size} and --accumulate {args.accumulate}"
         raise SettingsError(f"{given} make {now} mixtures an update, the run has {before}: their product must stay")
+    if checkpoint["progress"]["validated"] >= checkpoint["end"] and not {"epochs", "max_steps"} & given.keys():
+        raise SettingsError(f"the run has ended after {checkpoint['end']} updates: give more --epochs or --max_steps")
     return args, changes
 
 
@@ -305,17 +307,16 @@ class RunFolder:
 
     def load_last(self, resume: bool) -> dict | None:
         """The checkpoint to go on from."""
-        if resume and not self.last.exists():
-            raise SettingsError(f"nothing to resume in {self.path}: it holds no last.pt (see --out)")
-        if not resume and self.last.exists():
-            raise SettingsError(f"{self.path} holds a run already: go on with it by --resume, or choose another --out")
+        if resume != self.last.exists():
+            why = "no last.pt, so nothing to resume" if resume else "a run already, to go on with by --resume"
+            raise SettingsError(f"{self.path} holds {why}: or choose another --out")
         checkpoint = load_checkpoint(self.last) if resume else None
-        if resume and "sizes" not in checkpoint:
+        if resume and "progress" not in checkpoint:
             raise SettingsError(f"{self.last} is no last.pt of this version: start from it by --init")
         return checkpoint
 
     def open(self, args: dict, sizes: dict | None) -> None:
-        """sizes: of the logs at a checkpoint; what was logged after it will be logged once more."""
+        """Begins it or, with the sizes of the logs at a checkpoint, cuts off what was logged after that."""
         if not self.writes:
             return
         try:

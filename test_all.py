@@ -1563,6 +1563,8 @@ def test_a_smoke_run_ends_where_it_is_told_and_goes_on_as_if_it_had_not(tmp_path
     run_train("--out", tmp_path / "whole", *flags)
     run_train("--out", tmp_path / "part", *flags, "--max_steps", 2)
     assert [(r["epoch"], r["step"]) for r in logged(tmp_path / "part")] == [("0", "0"), ("0", "2")]
+    with pytest.raises(SettingsError, match="has ended after 2 updates"):
+        train.train(*parse_args(["--resume", "--out", str(tmp_path / "part")]))
     train.train(*parse_args(["--resume", "--out", str(tmp_path / "part"), "--max_steps", "100"]))
     whole, part = (logged(tmp_path / name, "steps.csv") for name in ("whole", "part"))
     assert len(whole) == 6 and whole == part

@@ -198,7 +198,7 @@ def state(run) -> dict:
         "separator": args.model, "config": asdict(run.model.config), "sample_rate": args.sample_rate,
         "codec": {"name": args.codec, "fingerprint": run.codec.fingerprint}, "quantize_before": args.quantize_before,
         "quantize_after": args.quantize_after, "args": vars(args), "git": git_revision(),
-        "per_update": run.per_update, "progress": vars(run.progress), **parts,
+        "per_update": run.per_update, "end": run.end, "progress": vars(run.progress), **parts,
     }  # fmt: skip
 
 
