@@ -45,7 +45,7 @@ def run_program(main) -> None:
         main()
     except (DataError, CodecError, SettingsError, KeyboardInterrupt) as error:
         message = str(error).rpartition("data.DataError: ")[2]  # one from a worker arrives behind its traceback
-        tqdm.write(f"error: {message.strip() or 'interrupted'}", file=sys.stderr)  # above a bar
+        tqdm.write(f"error: {message.strip() or 'interrupted; what was finished is kept'}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
@@ -111,7 +111,8 @@ def load_checkpoint(path) -> dict:
     except FileNotFoundError:
         raise SettingsError(f"no checkpoint {path}: train one with train.py or give another path") from None
     except Exception as error:  # torch.load raises half a dozen types on a file that is not one of ours
-        raise SettingsError(f"{path} is no checkpoint of train.py ({first_line(error)}): give another path") from None
+        reason = f"{path} is damaged or no checkpoint ({first_line(error)})"
+        raise SettingsError(f"{reason}: give another, or for a last.pt its best.pt by --init") from None
     return checkpoint
 
 
@@ -119,10 +120,8 @@ def check_codec(checkpoint: dict, path, codec: Codec) -> None:
     """Raises SettingsError if `codec` is not the one that the checkpoint's separator was trained on."""
     trained_on = checkpoint["codec"]
     if codec.fingerprint != trained_on["fingerprint"]:
-        raise SettingsError(
-            f"{path} was trained on another codec than {codec.name} ({trained_on['name']}, weights "
-            f"{trained_on['fingerprint']}): give that one with --codec"
-        )
+        other = f"another codec than {codec.name} ({trained_on['name']}, weights {trained_on['fingerprint']})"
+        raise SettingsError(f"{path} was trained on {other}: give that one with --codec")
 
 
 def build_model(settings: dict, latent_dim: int) -> torch.nn.Module:
@@ -180,10 +179,10 @@ def read_flags(argv, folder=Path()) -> list[str]:
     """Puts the flags of a file in the place of @FILE: lines of flags, comments, and @FILE beside it."""
     flags = []
     for flag in argv:
+        path = folder / flag[1:]
         if not flag.startswith("@"):
             flags.append(flag)
             continue
-        path = folder / flag[1:]
         try:
             lines = path.read_text().splitlines()
         except OSError as error:
@@ -262,9 +261,9 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     from_file, flags = any(flag.startswith("@") for flag in argv), read_flags(argv)
     bundled = [] if from_file or "--resume" in flags else read_flags([f"@{HERE / 'config' / 'bundled.txt'}"])
-    model = Parser(add_help=False)
-    model.add_argument("--model", choices=list(SEPARATORS), default="codecformer")
-    parser = make_parser(model.parse_known_args(bundled + flags)[0].model)
+    named = Parser(add_help=False)
+    named.add_argument("--model", choices=list(SEPARATORS), default="codecformer")
+    parser = make_parser(named.parse_known_args(bundled + flags)[0].model)
     parser.set_defaults(**vars(parser.parse_args(bundled)))
     args, not_given = parser.parse_args(flags), object()
     for name in ("data", "valid"):
@@ -328,7 +327,7 @@ class RunFolder:
                 else:
                     (self.path / name).write_text(columns + "\n")
         except OSError as error:
-            raise SettingsError(f"can't write to {self.path} ({error}): make room, or choose another --out") from None
+            raise SettingsError(f"can't write to {self.path} ({error}): mend that, or choose another --out") from None
 
     def log(self, name: str, *row) -> None:
         """Adds a row to a csv file, floats in full, and hands it to the system, so that no kill loses it."""

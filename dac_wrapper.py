@@ -29,6 +29,7 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 import types
 import urllib.request
 import warnings
@@ -54,7 +55,7 @@ class CodecError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 120, placeholder=" ...")
 
 
 def fold_weight_norm(model: nn.Module) -> nn.Module:
@@ -141,13 +142,11 @@ def load_official(release: str, name: str) -> tuple[DAC, dict]:
 
 
 def load_transform() -> tuple[nn.Module, dict]:
-    from recipes.transform_codec import load_transform as load  # here, since it builds on this module
-
-    return load()
+    return importlib.import_module("recipes.transform_codec").load_transform()  # which builds on this module
 
 
-# What --codec knows: for each name a function that returns a bare network and its weights, a dict of tensors whose
-# fingerprint tells codecs apart whatever their files are called.
+# What --codec knows: for each name a function that returns a bare network and its weights, the same every time, a dict
+# of tensors whose fingerprint tells codecs apart whatever their files are called.
 CODECS = {
     "transform": load_transform,  # no neural codec; it needs no network
     "lyra": load_lyra,

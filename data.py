@@ -114,18 +114,16 @@ def list_speakers(root) -> dict[str, list[Path]]:
     """The recordings of each speaker folder below `root`. Raises DataError for fewer than two speakers."""
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"no folder {root}: give one that holds one folder per speaker")
-    speakers = {folder.name: list_audio(folder) for folder in sorted(p for p in root.iterdir() if p.is_dir())}
-    speakers = {name: files for name, files in speakers.items() if files}
-    if {"s1", "s2"} <= speakers.keys():
-        raise DataError(
-            f"{root} holds s1 and s2 but no mixtures: a fixed set has a folder {' or '.join(MIX_FOLDERS)} beside them, "
-            f"a folder of speech has one folder per speaker"
-        )
+        raise DataError(f"no folder {root}: give one with a folder per speaker, or a fixed set (recipes.wsj0_mix, mix)")
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    speakers = {folder.name: files for folder in folders if (files := list_audio(folder))}
+    splits = {name for name in speakers if name.split("-")[0] in ("train", "valid", "dev", "test", "tr", "cv", "tt")}
+    if splits or {"s1", "s2"} <= speakers.keys():
+        what = f"{root} holds {min(splits or ['s1'])}, which is no speaker"
+        raise DataError(f"{what}: give a folder of speakers, or {' or '.join(MIX_FOLDERS)} beside s1 and s2")
     if len(speakers) < 2:
-        raise DataError(
-            f"{root} holds {len(speakers)} speaker folder(s) with wav, flac, ogg or opus files, at least 2 are needed"
-        )
+        what = "speaker folder(s) with wav, flac, ogg or opus files"
+        raise DataError(f"{root} holds {len(speakers)} {what}, at least 2 are needed")
     return speakers
 
 

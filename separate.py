@@ -55,7 +55,7 @@ def readable(path: Path):
             if shutil.which("ffmpeg") is None or subprocess.run(command, capture_output=True).returncode:
                 raise DataError(
                     f"can't read {path} as audio: wav, flac, ogg, opus, mp3 and aiff are read, anything else where "
-                    f"ffmpeg is installed and decodes it; check or convert it: ffmpeg -i {path.name} {path.stem}.wav"
+                    f"ffmpeg is installed and decodes it; check or convert it: ffmpeg -i {path.name} converted.wav"
                 ) from None
             yield converted
     else:

@@ -282,7 +282,8 @@ def end_epoch(run, folder: RunFolder) -> None:
     numbers = f"{loss:.4f}", f"{improvement:.4f}", lr, progress.skipped, seconds, progress.broken, f"{speed:.2f}"
     folder.log("log.csv", epoch, progress.done, *numbers)
     if run.rank == 0:
-        tqdm.write(f"epoch {epoch}: loss {loss:.2f}, validation SI-SDRi {improvement:.2f} dB, rate {lr:.1e}")
+        made = f"loss {loss:.2f}, " if math.isfinite(loss) else "before training, "
+        tqdm.write(f"epoch {epoch}: {made}validation SI-SDRi {improvement:.2f} dB, rate {lr:.1e}")
         draw([folder.path], folder.path / "curves.png")
     if is_best:
         folder.save_best(state(run))
