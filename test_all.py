@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import resource
-import runpy
 import shlex
 import shutil
 import signal
@@ -40,6 +39,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
+from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,7 +48,6 @@ import checkpoint
 import dac_wrapper
 import data
 import evaluate
-import losses
 import separate as separate_program
 import soundstream
 import train
@@ -61,11 +60,11 @@ from codecformer import (
 )  # fmt: skip
 from dac_wrapper import ASSETS, CODECS, Codec, CodecError, import_dac, measure_lag
 from data import (
-    DATASETS, DataError, FixedMixtures, FixedSegments, LatentSegments, SpeakerMixtures, open_mixtures, read_audio,
+    DATASETS, DataError, FixedMixtures, FixedSegments, SpeakerMixtures, open_mixtures, read_audio,
     resample,
 )  # fmt: skip
 from losses import LOSSES, crop, keep_hard, pairwise_negative_si_sdr, pit, reorder, si_sdr
-from recipes import cost, debian_speech, librispeech, mix, report, transform_codec, wsj0_mix
+from recipes import cost, debian_speech, librispeech, report, train_codec, transform_codec, wsj0_mix
 from recipes.latents import write_latents
 from recipes.mix import write_fixed_set
 from recipes.sepformer import Sepformer, SepformerConfig
@@ -2476,3 +2475,86 @@ def test_no_committed_file_holds_a_path_of_the_machine_it_was_made_on():
         for text in strings(content):
             assert not re.search(r"(^|[\s\"'=:])(/[a-z]+/|~|[A-Z]:\\)", text), (path.name, text)
     assert ".hypothesis/" in (HERE / ".gitignore").read_text().splitlines()
+
+
+# Training a codec -----------------------------------------------------------------------------------------------------
+
+
+TINY_CODEC = replace(
+    train_codec.SHAPE, widths=(32, 160, 320), strides=(5, 2), latent_dim=160, n_codebooks=2, codebook_size=16
+)  # fmt: skip
+
+
+@pytest.fixture
+def chords(tmp_path):
+    """A folder of three speakers, each a chord of its own with pauses."""
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        (tmp_path / "speech" / name).mkdir(parents=True)
+        time = np.arange(3 * 8000) / 8000
+        pitch = rng.uniform(80, 250)
+        wav = sum(np.sin(2 * np.pi * pitch * k * time + rng.uniform(0, 6)) / k for k in range(1, 12))
+        wav *= 0.1 * (np.sin(2 * np.pi * 2 * time) > -0.5)
+        sf.write(tmp_path / "speech" / name / "0.wav", wav + 0.001 * rng.standard_normal(len(wav)), 8000)
+    return tmp_path / "speech"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_network_starts_transparent(causal):
+    torch.manual_seed(0)
+    codec = SoundStream(replace(TINY_CODEC, causal=causal))
+    train_codec.start_transparent(codec)
+    wav = torch.randn(2, 1, 8000) * 0.05
+    with torch.no_grad():
+        assert si_sdr(codec.decoder(codec.encoder(wav))[..., 160:-160], wav[..., 160:-160]).min() > 15
+
+
+def test_k_means_comes_as_near_as_another_and_the_entries_then_follow_the_latents():
+    torch.manual_seed(0)
+    codec = SoundStream(replace(TINY_CODEC, n_codebooks=1))
+    books = train_codec.Codebooks(codec)
+    spread = torch.linspace(2, 0.1, 160)
+
+    def error(latents):
+        return float((codec.quantizer(latents.T[None], 1)[0][0].T - latents).square().sum(1).mean())
+
+    latents = torch.randn(4000, 160) * spread
+    books.fit(latents)
+    reference = KMeans(16, n_init=1, init="random", random_state=0).fit(latents.numpy()).inertia_ / len(latents)
+    assert error(latents) < 1.03 * reference
+
+    assert error(latents + 2) > 2 * reference  # the latents move, and the entries with them
+    for _ in range(600):
+        moved = (torch.randn(320, 160) * spread + 2).T[None]
+        books.follow(moved, codec.quantizer(moved, 1)[1])
+    assert error(latents + 2) < 1.1 * reference
+
+
+def test_a_resumed_run_repeats_the_unbroken_one(chords, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_codec, "SHAPE", TINY_CODEC)
+    monkeypatch.setattr(train_codec, "BATCH", 2)
+    monkeypatch.setattr(train_codec, "UNQUANTISED_STEPS", 2)
+    monkeypatch.setattr(train_codec, "validate", lambda codec, utterances: {})
+    settings = dict(data=chords, valid=chords, minutes=math.inf, mixtures=0.5, every=1e9, seed=0)
+    train_codec.train(out=tmp_path / "whole", steps=6, resume=False, **settings)
+    draw_batch, calls = train_codec.draw_batch, []
+
+    def stop_at_the_fourth_step(voices, step, mixtures):
+        calls.append(step)
+        if calls.count(3) == 1 and step == 3:
+            raise KeyboardInterrupt
+        return draw_batch(voices, step, mixtures)
+
+    monkeypatch.setattr(train_codec, "draw_batch", stop_at_the_fourth_step)
+    with pytest.raises(KeyboardInterrupt):
+        train_codec.train(out=tmp_path / "broken", steps=6, resume=False, **settings | {"every": 0})
+    train_codec.train(out=tmp_path / "broken", steps=6, resume=True, **settings)
+    whole, broken = (load_soundstream(tmp_path / name / "codec.pth")[1] for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_log_mel_is_zero_for_the_same_and_grows_with_level():
+    log_mel = train_codec.LogMel()
+    wav = torch.randn(3, 6400, generator=torch.Generator().manual_seed(0)) * 0.05
+    assert log_mel(wav, wav).tolist() == [0, 0, 0]
+    assert log_mel(wav * math.sqrt(10), wav) == pytest.approx(torch.ones(3), rel=0.02)  # 10 dB

@@ -1,0 +1,312 @@
+"""Trains a small codec of one's own: a SoundStream at 8 kHz, 50 frames/s and 6 kbit/s.
+
+    python -m recipes.train_codec --data speech/all --valid libri/valid --out runs/codec --steps 30000 --minutes 135
+    python -m recipes.train_codec --data speech/all --valid libri/valid --out runs/codec --steps 30000 --resume
+
+`out` gets last.pt (to resume from), codec.pth (the weights, as `load_soundstream` reads them) and log.csv.
+
+What is unusual:
+- Every step trains two paths through one decoder: some examples pass the RVQ, the others its unquantised latents,
+  which is what a separator works on. The first are pulled towards the spectrum, which is what one hears of so few
+  bits, the others towards the waveform, whose SI-SDR is the ceiling of separation.
+- The network starts transparent (see `start_transparent`) and learns what few bits can carry.
+- The RVQ starts by k-means on the latents of a network trained without it. Its entries then are running means of
+  the latents that choose them: the same aim as a codebook loss under Adam, reached several times sooner.
+- No adversarial losses: on CPUs they made a step twelve times slower.
+
+Straight-through RVQ with a commitment loss, running means and entries that start again are SoundStream's (Zeghidour
+et al., 2021, https://arxiv.org/abs/2107.03312); quantiser dropout and the spectral losses are as in DAC (Kumar et al.,
+2023, https://arxiv.org/abs/2306.06546).
+"""
+
+import copy
+import csv
+import math
+import os
+import time
+from pathlib import Path
+
+import librosa  # for its mel filters
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pesq import pesq
+from pystoi import stoi
+from torch import nn
+
+from checkpoint import run_program
+from dac_wrapper import LEVEL, Codec
+from data import Parser, SpeakerMixtures, list_speakers, read_audio, resample
+from losses import si_sdr
+from soundstream import (
+    SLOPE, Conv, ResidualUnit, SoundStream, SoundStreamConfig, Upsample, nearest, save_soundstream,
+)  # fmt: skip
+
+RATE = 8000
+SHAPE = SoundStreamConfig(
+    sample_rate=RATE, kernel=64, stride=16, widths=(64, 192, 320, 320), strides=(5, 2, 1), group_width=1 << 20,
+    latent_dim=128, n_codebooks=12, codebook_size=1024, causal=False,
+)  # fmt: skip
+PRE_EMPHASIS = 0.7
+BATCH, SECONDS = 16, 0.8
+SPEEDS = tuple(range(90, 113))  # percent
+LEARNING_RATE, WARMUP, CLIP = 1e-3, 100, 1.0
+UNQUANTISED_STEPS = 200  # before the RVQ starts
+QUANTISED = 0.6  # share of the examples that pass it
+ALL_CODEBOOKS = 0.6  # share of the steps that use them all; the others as many as chance says
+SI_SDR, SI_SDR_RVQ = 0.1, 0.03  # weights a dB, of examples that bypass the RVQ and that pass it
+MEL, COMMITMENT = 1.0, 0.25
+DECAY, DEAD = 0.99, 0.05  # of an entry's running means; latents a step below which it starts again
+FLOOR = 1e-5  # a mel band's power, about 35 dB below that of loud speech
+FFTS = {64: 10, 128: 20, 256: 40, 512: 80, 1024: 80}  # window in samples: mel bands
+
+
+class LogMel(nn.Module):
+    """L1 between log mel spectra at several scales, one value an example."""
+
+    def __init__(self):
+        super().__init__()
+        for size, bands in FFTS.items():
+            filters = librosa.filters.mel(sr=RATE, n_fft=size, n_mels=bands, norm=None)
+            self.register_buffer(f"filters_{size}", torch.from_numpy(filters[filters.any(1)]), persistent=False)
+            window = torch.hann_window(size)
+            self.register_buffer(f"window_{size}", window / window.norm(), persistent=False)
+
+    def forward(self, estimates, references):
+        """[B, T] twice -> [B], in units of 10 dB."""
+        total = 0
+        for size in FFTS:
+            with torch.no_grad():
+                target = self.spectrum(references, size)
+            total = total + (self.spectrum(estimates, size) - target).abs().mean((1, 2))
+        return total / len(FFTS)
+
+    def spectrum(self, wav, size):
+        window, filters = self.get_buffer(f"window_{size}"), self.get_buffer(f"filters_{size}")
+        bins = torch.stft(wav, size, size // 2, window=window, return_complex=True)
+        return (filters @ (bins.real.square() + bins.imag.square()) + FLOOR).log10()
+
+
+@torch.no_grad()
+def start_transparent(codec: SoundStream) -> None:
+    """Sets a network up to pass waveforms through, which from random weights takes longer to learn than all the rest.
+
+    Each layer starts as an orthogonal matrix from the samples it sees to as many channels, its mirror in the decoder as
+    the transpose. Channels come in pairs of opposite sign, which leaky ReLUs leave linear ("looks linear", Balduzzi et
+    al., 2017, https://arxiv.org/abs/1702.08591); residual units add nothing yet; all other weights keep a tenth of
+    their random values. Pre-emphasis at the entrance, undone at the exit, gives the RVQ's noise the tilt of speech.
+    """
+    first, *down, last = (layer for layer in codec.encoder.layers if isinstance(layer, Conv))
+    entry, *up, final = (layer for layer in codec.decoder.layers if isinstance(layer, Conv | Upsample))
+    for unit in codec.modules():
+        if isinstance(unit, ResidualUnit):
+            unit.layers[-1].weight.zero_()
+            unit.layers[-1].bias.zero_()
+    for layer in (first, *down, last, entry, *up, final):
+        layer.weight.mul_(0.1)
+        layer.bias.zero_()
+
+    size, taps = first.in_channels, first.kernel_size[1]
+    lag = first.ends[0] * size + torch.arange(size)[:, None] - torch.arange(taps * size)
+    emphasis = (lag == 0).float() - PRE_EMPHASIS * (lag == 1).float()
+    inverse = torch.where(lag >= 0, PRE_EMPHASIS ** lag.clamp(min=0), 0)
+    matrix = nn.init.orthogonal_(torch.empty(size, size))
+    analysis, synthesis = (matrix @ emphasis).view(size, taps, size), inverse.view(size, taps, size) @ matrix.T
+    set_pairs(first.weight[:, :, 0], analysis.transpose(1, 2) / LEVEL, paired_in=False)
+    set_pairs(final.weight[:, :, 0], synthesis.transpose(1, 2) * LEVEL, paired_out=False)
+    for before, after in zip(down, reversed(up)):
+        stride = before.stride[1]
+        new = min(size * stride, before.out_channels // 2)
+        matrix = nn.init.orthogonal_(torch.empty(new, size * stride)).view(new, size, stride)
+        set_pairs(before.weight[:, :, 0, before.ends[0] :], matrix)
+        set_pairs(after.weight.transpose(0, 1)[:, :, 0, after.start :], matrix.transpose(0, 1))
+        size = new
+    matrix = nn.init.orthogonal_(torch.empty(last.out_channels, size))[..., None]
+    set_pairs(last.weight[:, :, 0, last.ends[0] :], matrix, paired_out=False)
+    set_pairs(entry.weight[:, :, 0, entry.ends[0] :], matrix.transpose(0, 1), paired_in=False)
+
+
+def set_pairs(weight, matrix, paired_out=True, paired_in=True) -> None:
+    """Writes [out, in, taps] into the first channels and taps of a weight, and negated between opposite ones."""
+    out, width, taps = matrix.shape
+    for row, sign in ((0, 1), (len(weight) // 2, -1))[: 1 + paired_out]:
+        for column, other in ((0, 1), (weight.shape[1] // 2, -1))[: 1 + paired_in]:
+            # A leaky ReLU makes (1 + SLOPE) x of the difference between x and -x.
+            part = matrix * sign * other / (1 + SLOPE if paired_in else 1)
+            weight[row : row + out, column : column + width, :taps] = part
+
+
+def draw_batch(voices: SpeakerMixtures, step: int, mixtures: float) -> torch.Tensor:
+    """[BATCH, 1, T] around the level that a codec is fed at; a share of `mixtures` is of two voices."""
+    rng = np.random.default_rng([voices.seed, 1, step])
+    examples, index = [], step * BATCH
+    while len(examples) < BATCH:
+        item = voices[index]
+        examples += [item["mixture"]] if rng.random() < mixtures else list(item["sources"])
+        index += 1
+    wav = torch.from_numpy(np.stack(examples[:BATCH]))
+    gain = 10 ** (rng.normal(0, 4, (BATCH, 1)) / 20)
+    return (wav * LEVEL / wav.std(-1, keepdim=True) * torch.from_numpy(gain).float())[:, None]
+
+
+class Codebooks:
+    """Moves the entries of an RVQ after the latents that choose them, as SoundStream does."""
+
+    def __init__(self, codec: SoundStream):
+        self.entries = codec.quantizer.codebooks.data
+        self.counts = torch.full(self.entries.shape[:2], 1.0)  # running means of how many latents chose an entry
+        self.sums = self.entries.clone()  # and of their sum
+
+    @torch.no_grad()
+    def fit(self, latents: torch.Tensor, iterations: int = 6) -> None:
+        """Codebook after codebook by k-means, on what the ones before leave of latents [N, D]."""
+        rest = latents
+        for k, entries in enumerate(self.entries):
+            entries.copy_(rest[torch.randperm(len(rest))[: len(entries)]])
+            for _ in range(iterations):
+                chosen = torch.cat([nearest(part, entries) for part in rest.split(4096)])
+                counts = torch.bincount(chosen, minlength=len(entries)).clamp(min=1)
+                sums = torch.zeros_like(entries).index_add_(0, chosen, rest)
+                entries.copy_(torch.where(sums.any(1, keepdim=True), sums / counts[:, None], entries))
+            rest = rest - F.embedding(torch.cat([nearest(part, entries) for part in rest.split(4096)]), entries)
+            self.counts[k] = counts * BATCH * SECONDS * 50 / len(latents)
+            self.sums[k] = entries * self.counts[k, :, None]
+
+    @torch.no_grad()
+    def follow(self, latents: torch.Tensor, codes: torch.Tensor) -> None:
+        """One step of the running means, by latents [B, D, F] and what they chose [B, n_codebooks, F].
+
+        Entries that hardly any chooses any more start again at a latent.
+        """
+        rest = latents.transpose(1, 2).flatten(0, 1)
+        for k, chosen in enumerate(codes.transpose(0, 1).flatten(1)):
+            left = rest - self.entries[k, chosen]
+            self.counts[k].mul_(DECAY).index_add_(0, chosen, torch.ones(len(rest)), alpha=1 - DECAY)
+            self.sums[k].mul_(DECAY).index_add_(0, chosen, rest, alpha=1 - DECAY)
+            dead = self.counts[k] < DEAD
+            anew = rest[torch.randint(len(rest), (int(dead.sum()),))]
+            self.counts[k, dead], self.sums[k, dead] = 2 * DEAD, 2 * DEAD * anew
+            self.entries[k] = self.sums[k] / self.counts[k, :, None]
+            rest = left
+
+
+@torch.no_grad()
+def validate(network: SoundStream, utterances: list[torch.Tensor]) -> dict[str, float]:
+    """Mean scores of what the codec makes of utterances [T], as it will be used, quantised ("_rvq") and not."""
+    codec = Codec(copy.deepcopy(network), RATE)
+    scores = {f"{name}{path}": [] for path in ("", "_rvq") for name in ("si_sdr", "pesq", "stoi")}
+    for wav in utterances:
+        for path in ("", "_rvq"):
+            decoded = codec.transmit(wav[None], quantize=bool(path))[0]
+            scores[f"si_sdr{path}"].append(float(si_sdr(decoded, wav)))
+            scores[f"pesq{path}"].append(pesq(RATE, wav.numpy(), decoded.numpy(), "nb"))
+            scores[f"stoi{path}"].append(stoi(wav.numpy(), decoded.numpy(), RATE))
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def read_utterances(folder, n: int = 10, seconds: int = 4) -> list[torch.Tensor]:
+    """The first `seconds` of a recording of each of the first `n` speakers in `folder`. Raises DataError."""
+    utterances = []
+    for files in list(list_speakers(folder).values())[:n]:
+        audio, rate = read_audio(files[0])
+        utterances.append(torch.from_numpy(resample(audio, rate, RATE)[: seconds * RATE]))
+    return utterances
+
+
+def report(path: Path, row: dict) -> None:
+    """Prints a row of scores and appends it to a table."""
+    print(*(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow({name: round(value, 4) for name, value in row.items()})
+
+
+def train(data, valid, out: Path, steps, minutes, mixtures, every, resume, seed) -> None:
+    """See the flags of `main`. Raises DataError for folders that can't be used."""
+    voices = SpeakerMixtures(data, RATE, SECONDS, 10**9, seed, speeds=SPEEDS)
+    utterances = read_utterances(valid)
+    torch.manual_seed(seed)
+    codec, log_mel = SoundStream(SHAPE), LogMel()
+    start_transparent(codec)
+    codec.quantizer.requires_grad_(False)  # its codebooks follow the latents instead
+    books = Codebooks(codec)
+    weights = [p for p in codec.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.8, 0.99), fused=True)
+    step, spent = 0, 0.0
+    if resume:
+        state = torch.load(out / "last.pt", weights_only=True)
+        codec.load_state_dict(state["codec"])
+        optimizer.load_state_dict(state["optimizer"])
+        books.counts, books.sums, step, spent = (state[name] for name in ("counts", "sums", "step", "minutes"))
+    out.mkdir(parents=True, exist_ok=True)
+
+    start = saved = time.monotonic()
+    sums, seen = dict.fromkeys(("mel", "sdr", "commitment"), 0.0), 0
+    while True:
+        now = time.monotonic()
+        stop = step == steps or now - start > 60 * minutes
+        if stop or now - saved > 60 * every:
+            total = spent + (now - start) / 60
+            state = {"codec": codec.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "minutes": total}
+            torch.save(state | {"counts": books.counts, "sums": books.sums}, out / "last.part")
+            os.replace(out / "last.part", out / "last.pt")
+            save_soundstream(codec, out / "codec.pth")
+            means = {name: value / max(seen, 1) for name, value in sums.items()}
+            report(out / "log.csv", {"step": step, "minutes": total} | means | validate(codec, utterances))
+            sums, seen, saved = dict.fromkeys(sums, 0.0), 0, time.monotonic()
+        if stop:
+            return
+
+        torch.manual_seed(seed + step)  # what is drawn depends on the step alone, so that a resumed run repeats
+        if step == UNQUANTISED_STEPS:
+            with torch.no_grad():
+                wavs = (draw_batch(voices, 10**6 + i, mixtures) for i in range(32))
+                books.fit(torch.cat([codec.encoder(wav).transpose(1, 2).flatten(0, 1) for wav in wavs]))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+        wav = draw_batch(voices, step, mixtures)
+        latents = codec.encoder(wav)
+        n = codec.n_codebooks if torch.rand(()) < ALL_CODEBOOKS else int(torch.randint(1, codec.n_codebooks, ()))
+        quantising = step >= UNQUANTISED_STEPS
+        quantised, codes = codec.quantizer(latents, n) if quantising else (latents, None)
+        passes = torch.rand(BATCH) < QUANTISED * quantising  # which examples pass the RVQ
+        straight_through = latents + (quantised - latents).detach()
+        decoded = codec.decoder(torch.where(passes[:, None, None], straight_through, latents))
+        mel, sdr = log_mel(decoded[:, 0], wav[:, 0]), si_sdr(decoded[:, 0], wav[:, 0])
+        commitment = (latents - quantised).square().mean((1, 2)) / latents.detach().var()
+        loss = MEL * mel - torch.where(passes, SI_SDR_RVQ, SI_SDR) * sdr + COMMITMENT * commitment
+        optimizer.zero_grad()
+        loss.mean().backward()
+        nn.utils.clip_grad_norm_(weights, CLIP)
+        optimizer.step()
+        if quantising:
+            books.follow(latents, codes)
+        step, seen = step + 1, seen + 1
+        for name, value in (("mel", mel), ("sdr", sdr), ("commitment", commitment)):
+            sums[name] += float(value.detach().mean())
+
+
+def main() -> None:
+    parser = Parser(description="Trains a small codec of one's own.")
+    parser.add_argument("--data", required=True, help="folder with one folder per speaker")
+    parser.add_argument("--valid", required=True, help="folder of other speakers")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=30000, help="that the learning rate falls over, in all runs")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which this run stops; --resume goes on")
+    parser.add_argument("--mixtures", type=float, default=0.2, help="share of the examples that are of two voices")
+    parser.add_argument("--every", type=float, default=5, help="minutes between checkpoints and validations")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if not 0 <= args.mixtures <= 1:
+        parser.error(f"--mixtures is a share from 0 to 1, not {args.mixtures:g}")
+    if args.resume != (args.out / "last.pt").exists():
+        parser.error(f"{args.out} holds no run to resume" if args.resume else f"{args.out} holds a run: add --resume")
+    train(**vars(args))
+
+
+if __name__ == "__main__":
+    run_program(main)
