@@ -483,6 +483,7 @@ def test_more_codebooks_transmit_better(codec, speech):
             codec.quantize(codec.encode(speech), n)
 
 
+@slow
 def test_fitted_codebooks_transmit_speech(tmp_path, speech, monkeypatch):
     path = tmp_path / "codebooks.pth"
     monkeypatch.setattr(transform_codec.TransformCodec, "n_codebooks", 3)
@@ -2530,6 +2531,7 @@ def test_k_means_comes_as_near_as_another_and_the_entries_then_follow_the_latent
     assert error(latents + 2) < 1.1 * reference
 
 
+@slow
 def test_a_resumed_run_repeats_the_unbroken_one(chords, tmp_path, monkeypatch):
     monkeypatch.setattr(train_codec, "SHAPE", TINY_CODEC)
     monkeypatch.setattr(train_codec, "BATCH", 2)
