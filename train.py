@@ -92,7 +92,7 @@ def ignore_signals(worker: int) -> None:  # Ctrl-C reaches the workers too, who 
 def mixture_losses(predict, on_latents: bool, codec, batch, loss: str, rvq=(False, False), seconds=0.0, margins=(0, 0)):
     """The loss of each mixture of a batch [B], in dB. predict: the separator, on latents or on waveforms.
 
-    rvq: before and after it; seconds: of the crop for the loss, without its margins (frames); 0 for all.
+    rvq: before and after it; seconds: of the crop for the loss, without its margins (frames); 0, without any, for all.
     """
     function, between_latents = LOSSES[loss]
     if "latents" in batch:
@@ -109,7 +109,7 @@ def mixture_losses(predict, on_latents: bool, codec, batch, loss: str, rvq=(Fals
         estimates, sources = crop(codec, estimates, sources, batch["position"], frames)
     if not between_latents:
         estimates = codec.decode(estimates, sources.shape[-1])
-    return pit(function(codec, estimates, sources, margins if seconds else (0, 0)))[0]
+    return pit(function(codec, estimates, sources, margins))[0]
 
 
 def open_run(args, checkpoint: dict | None, rank: int, world: int) -> SimpleNamespace:

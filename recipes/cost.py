@@ -24,7 +24,7 @@ import train
 from checkpoint import choose_device, git_revision, load_separator, machine, make_folder, parse_args, run_program
 from codecformer import Codecformer, separate
 from dac_wrapper import ASSETS, CODECS, DAC, Codec, fold_weight_norm, import_dac
-from data import Parser
+from data import Parser, open_mixtures
 from recipes.sepformer import Sepformer
 
 DAC_16KHZ = dict(
@@ -126,7 +126,7 @@ def train_steps(device) -> dict[str, float]:
 def mixtures_per_second(seconds: float = 5.0) -> float:
     """How many training mixtures one worker makes from the bundled speech."""
     args, _ = parse_args(["@config/bundled.txt"])
-    mixtures = train.open_mixtures(args.data, args.sample_rate, True, seconds=args.seconds, speeds=args.speeds)
+    mixtures = open_mixtures(args.data, args.sample_rate, True, seconds=args.seconds, speeds=args.speeds)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
         mixtures[count % len(mixtures)]

@@ -30,13 +30,12 @@ import librosa  # for its mel filters
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pesq import pesq
-from pystoi import stoi
 from torch import nn
 
 from checkpoint import run_program
 from dac_wrapper import LEVEL, Codec
 from data import Parser, SpeakerMixtures, list_speakers, read_audio, resample
+from evaluate import score
 from losses import si_sdr
 from soundstream import (
     SLOPE, Conv, ResidualUnit, SoundStream, SoundStreamConfig, Upsample, nearest, save_soundstream,
@@ -198,9 +197,8 @@ def validate(network: SoundStream, utterances: list[torch.Tensor]) -> dict[str, 
     for wav in utterances:
         for path in ("", "_rvq"):
             decoded = codec.transmit(wav[None], quantize=bool(path))[0]
-            scores[f"si_sdr{path}"].append(float(si_sdr(decoded, wav)))
-            scores[f"pesq{path}"].append(pesq(RATE, wav.numpy(), decoded.numpy(), "nb"))
-            scores[f"stoi{path}"].append(stoi(wav.numpy(), decoded.numpy(), RATE))
+            for name in ("si_sdr", "pesq", "stoi"):
+                scores[f"{name}{path}"].append(score(name, decoded.numpy(), wav.numpy(), RATE))
     return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
