@@ -58,7 +58,7 @@ class CodecformerConfig(SeparatorConfig):
     activation: str = "snake"  # of the masks: a key of ACTIVATIONS
     # What the bottleneck sees: the latents, as in the paper, or the logarithm of their squares. Masks follow from
     # levels, and levels are slow to learn from numbers of either sign.
-    features: str = "latents"  # or "log_power"
+    features: str = "latents"  # or "log_power", or "both"
     context: int = 1  # frames that the bottleneck sees at once, odd
 
     def __post_init__(self):
@@ -89,6 +89,7 @@ class Snake(nn.Module):
 FEATURES = {
     "latents": lambda latents: latents,
     "log_power": lambda latents: torch.log10(latents.square() + 1e-3) + 1,
+    "both": lambda latents: torch.cat([latents, FEATURES["log_power"](latents)], 1),
 }
 # Each is built with the number of channels that it is applied to.
 ACTIVATIONS = {
@@ -138,7 +139,8 @@ class Codecformer(nn.Module):
     def __init__(self, config: CodecformerConfig = CodecformerConfig()):
         super().__init__()
         self.config = c = config
-        self.bottleneck = nn.Linear(c.latent_dim * c.context, c.d_model, bias=False)
+        n_features = c.latent_dim * (1 + (c.features == "both"))
+        self.bottleneck = nn.Linear(n_features * c.context, c.d_model, bias=False)
         self.layers = nn.ModuleList(
             TransformerLayer(c.d_model, c.n_heads, c.d_ffn, c.dropout) for _ in range(c.n_layers)
         )

@@ -18,7 +18,6 @@ https://arxiv.org/abs/2411.17998.
 from itertools import permutations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
 EPS = 1e-10  # an energy: it keeps silence finite and lies far below one 16-bit step in a second of audio
 
@@ -41,18 +40,12 @@ def pit(pairwise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     pairwise: [B, S, S], the loss of estimate i against source j.
     Returns the mean loss of the best assignment [B] and the assignment [B, S]: entry j is the estimate that
-    belongs to source j. All permutations are tried up to three speakers, the Hungarian algorithm above.
+    belongs to source j. All permutations are tried, 120 for five speakers.
     """
-    n_speakers = pairwise.shape[-1]
-    if n_speakers <= 3:
-        candidates = torch.tensor(list(permutations(range(n_speakers))), device=pairwise.device)  # [P, S]
-        columns = torch.arange(n_speakers, device=pairwise.device)
-        loss, best = pairwise[:, candidates, columns].mean(-1).min(-1)  # over [B, P]
-        return loss, candidates[best]
-    costs = pairwise.detach().cpu().numpy()
-    # Rows of the transposed costs are sources, so the assignment comes back sorted by source.
-    assignment = torch.stack([torch.as_tensor(linear_sum_assignment(c.T)[1]) for c in costs]).to(pairwise.device)
-    return pairwise.gather(1, assignment[:, None]).mean((-1, -2)), assignment
+    columns = torch.arange(pairwise.shape[-1], device=pairwise.device)
+    candidates = torch.tensor(list(permutations(range(len(columns)))), device=pairwise.device)  # [P, S]
+    loss, best = pairwise[:, candidates, columns].mean(-1).min(-1)  # over [B, P]
+    return loss, candidates[best]
 
 
 def reorder(estimates: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
