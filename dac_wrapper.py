@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from soundstream import load_lyra
+from soundstream import SoundStream, SoundStreamConfig, load_lyra
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 CACHE = Path.home() / ".cache" / "descript" / "dac"  # the dac package's own
@@ -116,29 +116,32 @@ class DAC(nn.Module):
         return self.quantizer(latents, n_codebooks)[0]
 
 
-def load_dac(path) -> tuple[DAC, dict]:
-    """The network, and the weights as they stand in a file of DAC's official format: state_dict and metadata.kwargs.
+def load_file(path) -> tuple[nn.Module, dict]:
+    """The network, and the weights as they stand in a file: state_dict and metadata.kwargs, those of its class.
 
-    Raises CodecError for a file that is missing, broken, of another kind, or that would run code.
+    That is the format of DAC's releases; `save_soundstream` writes the same. Raises CodecError for a file that is
+    missing, broken, of another kind, or that would run code.
     """
-    import_dac()  # a package that can't be imported is no fault of the file
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        weights = checkpoint["state_dict"]
-        model = import_dac().DAC(**checkpoint["metadata"]["kwargs"])
+        weights, settings = checkpoint["state_dict"], checkpoint["metadata"]["kwargs"]
+        is_dac = "encoder_dim" in settings
+        model = import_dac().DAC(**settings) if is_dac else SoundStream(SoundStreamConfig(**settings))
         model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     except FileNotFoundError:
-        raise CodecError(f"no codec {path}: use {', '.join(CODECS)} or the path of a DAC weights file") from None
+        raise CodecError(f"no codec {path}: use {', '.join(CODECS)} or the path of a weights file") from None
+    except ImportError:  # no fault of the file
+        raise
     except Exception as error:  # torch.load raises half a dozen types on a file that is not one of ours
-        raise CodecError(f"{path} is no DAC weights file ({first_line(error)}): fetch or make it anew") from None
-    return DAC(fold_weight_norm(model)), weights
+        raise CodecError(f"{path} is no codec's weights file ({first_line(error)}): fetch or make it anew") from None
+    return DAC(fold_weight_norm(model)) if is_dac else model, weights
 
 
-def load_official(release: str, name: str) -> tuple[DAC, dict]:
-    """`load_dac` of a file of DAC's releases, fetched once. Raises CodecError without a network."""
+def load_official(release: str, name: str) -> tuple[nn.Module, dict]:
+    """`load_file` of one of DAC's releases, fetched once. Raises CodecError without a network."""
     if not (CACHE / name).exists():
         download(RELEASES + release, CACHE / name)
-    return load_dac(CACHE / name)
+    return load_file(CACHE / name)
 
 
 def load_transform() -> tuple[nn.Module, dict]:
@@ -148,7 +151,7 @@ def load_transform() -> tuple[nn.Module, dict]:
 # What --codec knows: for each name a function that returns a bare network and its weights, the same every time, a dict
 # of tensors whose fingerprint tells codecs apart whatever their files are called.
 CODECS = {
-    "transform": load_transform,  # no neural codec; it needs no network
+    "transform": load_transform,  # a Fourier transform, no neural codec
     "lyra": load_lyra,
     "dac_16khz": lambda: load_official("0.0.5/weights_16khz.pth", "weights_16khz_8kbps_0.0.5.pth"),
     "dac_24khz": lambda: load_official("0.0.4/weights_24khz.pth", "weights_24khz_8kbps_0.0.4.pth"),
@@ -198,11 +201,11 @@ class Codec:
 
     @classmethod
     def load(cls, name: str = "transform", sample_rate: int = 8000, device="cpu") -> "Codec":
-        """Loads one of CODECS (official ones are fetched once) or a DAC weights file.
+        """Loads one of CODECS (official ones are fetched once) or a weights file.
 
         Raises CodecError for an unknown name, a missing network and a broken file.
         """
-        network, weights = CODECS[name]() if name in CODECS else load_dac(name)
+        network, weights = CODECS[name]() if name in CODECS else load_file(name)
         return cls(network, sample_rate, name, fingerprint(weights), device)
 
     @torch.no_grad()

@@ -58,7 +58,7 @@ from codecformer import (
     ACTIVATIONS, Codecformer, CodecformerConfig, SeparatorConfig, Snake, estimate_latents, separate,
     sinusoidal_positions,
 )  # fmt: skip
-from dac_wrapper import ASSETS, CODECS, Codec, CodecError, import_dac, measure_lag
+from dac_wrapper import ASSETS, CODECS, Codec, CodecError, import_dac, load_file, measure_lag
 from data import (
     DATASETS, DataError, FixedMixtures, FixedSegments, SpeakerMixtures, open_mixtures, read_audio,
     resample,
@@ -69,7 +69,7 @@ from recipes.latents import write_latents
 from recipes.mix import write_fixed_set
 from recipes.sepformer import Sepformer, SepformerConfig
 from recipes.wsj0_mix import active_speech_level
-from soundstream import SoundStream, SoundStreamConfig, load_lyra, load_soundstream, save_soundstream
+from soundstream import SoundStream, SoundStreamConfig, load_lyra, save_soundstream
 
 HERE = Path(__file__).parent
 SPEECH = ASSETS / "speech" / "train"
@@ -712,7 +712,7 @@ def test_the_rvq_finds_the_nearest_entries():
 def test_what_is_saved_is_read_back_with_its_shape(tmp_path):
     codec = SoundStream(SMALL_SOUNDSTREAM)
     save_soundstream(codec, tmp_path / "codec.pth")
-    again, weights = load_soundstream(tmp_path / "codec.pth")
+    again, weights = load_file(tmp_path / "codec.pth")
     assert again.config == SMALL_SOUNDSTREAM and list(tmp_path.iterdir()) == [tmp_path / "codec.pth"]
     wav = torch.randn(1, 1, 1600)
     torch.testing.assert_close(again.encoder(wav), codec.encoder(wav), atol=0, rtol=0)
@@ -2500,14 +2500,25 @@ def chords(tmp_path):
     return tmp_path / "speech"
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_the_network_starts_transparent(causal):
+def test_the_network_starts_transparent():
     torch.manual_seed(0)
-    codec = SoundStream(replace(TINY_CODEC, causal=causal))
+    codec = SoundStream(TINY_CODEC)
     train_codec.start_transparent(codec)
     wav = torch.randn(2, 1, 8000) * 0.05
     with torch.no_grad():
         assert si_sdr(codec.decoder(codec.encoder(wav))[..., 160:-160], wav[..., 160:-160]).min() > 15
+
+
+def test_the_first_latents_are_narrow_bands_in_order():
+    """A tone excites the latents whose bands it lies in: band k of 160 lies around 25 (k + 0.5) Hz."""
+    torch.manual_seed(0)
+    codec = SoundStream(TINY_CODEC)
+    train_codec.start_transparent(codec)
+    for band in (8, 40, 100):
+        tone = torch.sin(2 * math.pi * 25 * (band + 0.5) * torch.arange(8000) / 8000)
+        with torch.no_grad():
+            energy = codec.encoder(0.05 * tone[None, None])[0, :, 3:-3].square().sum(1)
+        assert abs(int(energy.argmax()) - band) <= 1 and energy[band - 2 : band + 3].sum() > 0.7 * energy.sum()
 
 
 def test_k_means_comes_as_near_as_another_and_the_entries_then_follow_the_latents():
@@ -2520,7 +2531,7 @@ def test_k_means_comes_as_near_as_another_and_the_entries_then_follow_the_latent
         return float((codec.quantizer(latents.T[None], 1)[0][0].T - latents).square().sum(1).mean())
 
     latents = torch.randn(4000, 160) * spread
-    books.fit(latents)
+    books.fit(latents, 320)
     reference = KMeans(16, n_init=1, init="random", random_state=0).fit(latents.numpy()).inertia_ / len(latents)
     assert error(latents) < 1.03 * reference
 
@@ -2532,27 +2543,28 @@ def test_k_means_comes_as_near_as_another_and_the_entries_then_follow_the_latent
 
 
 @slow
-def test_a_resumed_run_repeats_the_unbroken_one(chords, tmp_path, monkeypatch):
+def test_a_resumed_codec_repeats_the_unbroken_one(chords, tmp_path, monkeypatch):
     monkeypatch.setattr(train_codec, "SHAPE", TINY_CODEC)
-    monkeypatch.setattr(train_codec, "BATCH", 2)
     monkeypatch.setattr(train_codec, "UNQUANTISED_STEPS", 2)
-    monkeypatch.setattr(train_codec, "validate", lambda codec, utterances: {})
-    settings = dict(data=chords, valid=chords, minutes=math.inf, mixtures=0.5, every=1e9, seed=0)
-    train_codec.train(out=tmp_path / "whole", steps=6, resume=False, **settings)
-    draw_batch, calls = train_codec.draw_batch, []
+    validations = []
 
-    def stop_at_the_fourth_step(voices, step, mixtures):
-        calls.append(step)
-        if calls.count(3) == 1 and step == 3:
+    def validate(codec, utterances):
+        validations.append(len(utterances))
+        if len(validations) == 5:  # of the broken run the fifth, after three steps and a checkpoint
             raise KeyboardInterrupt
-        return draw_batch(voices, step, mixtures)
+        return {}
 
-    monkeypatch.setattr(train_codec, "draw_batch", stop_at_the_fourth_step)
+    monkeypatch.setattr(train_codec, "validate", validate)
+    settings = dict(data=chords, valid=chords, minutes=math.inf, mixtures=0.5, seed=0)
+    settings |= dict(batch_size=2, workers=0, compile=False, steps=6)
+    train_codec.train(out=tmp_path / "whole", resume=False, every=1e9, **settings)
     with pytest.raises(KeyboardInterrupt):
-        train_codec.train(out=tmp_path / "broken", steps=6, resume=False, **settings | {"every": 0})
-    train_codec.train(out=tmp_path / "broken", steps=6, resume=True, **settings)
-    whole, broken = (load_soundstream(tmp_path / name / "codec.pth")[1] for name in ("whole", "broken"))
+        train_codec.train(out=tmp_path / "broken", resume=False, every=0, **settings)
+    assert torch.load(tmp_path / "broken" / "last.pt", weights_only=True)["step"] == 3
+    train_codec.train(out=tmp_path / "broken", resume=True, every=0, **settings)
+    whole, broken = (load_file(tmp_path / name / "codec.pth")[1] for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float16}
 
 
 def test_log_mel_is_zero_for_the_same_and_grows_with_level():

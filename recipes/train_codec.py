@@ -1,9 +1,9 @@
 """Trains a small codec of one's own: a SoundStream at 8 kHz, 50 frames/s and 6 kbit/s.
 
-    python -m recipes.train_codec --data speech/all --valid libri/valid --out runs/codec --steps 30000 --minutes 135
-    python -m recipes.train_codec --data speech/all --valid libri/valid --out runs/codec --steps 30000 --resume
+    python -m recipes.train_codec --data speech/all --valid libri/valid --out runs/codec --minutes 120
+    python -m recipes.train_codec --data speech/all --valid libri/valid --out runs/codec --minutes 120 --resume
 
-`out` gets last.pt (to resume from), codec.pth (the weights, as `load_soundstream` reads them) and log.csv.
+`out` gets last.pt (to resume from), codec.pth (the weights, for `Codec.load`) and log.csv.
 
 What is unusual:
 - Every step trains two paths through one decoder: some examples pass the RVQ, the others its unquantised latents,
@@ -31,8 +31,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
-from checkpoint import run_program
+from checkpoint import choose_device, run_program
 from dac_wrapper import LEVEL, Codec
 from data import Parser, SpeakerMixtures, list_speakers, read_audio, resample
 from evaluate import score
@@ -40,6 +41,7 @@ from losses import si_sdr
 from soundstream import (
     SLOPE, Conv, ResidualUnit, SoundStream, SoundStreamConfig, Upsample, nearest, save_soundstream,
 )  # fmt: skip
+from train import mixed_precision
 
 RATE = 8000
 SHAPE = SoundStreamConfig(
@@ -47,13 +49,13 @@ SHAPE = SoundStreamConfig(
     latent_dim=128, n_codebooks=12, codebook_size=1024, causal=False,
 )  # fmt: skip
 PRE_EMPHASIS = 0.7
-BATCH, SECONDS = 16, 0.8
+SECONDS = 0.8
 SPEEDS = tuple(range(90, 113))  # percent
 LEARNING_RATE, WARMUP, CLIP = 1e-3, 100, 1.0
 UNQUANTISED_STEPS = 200  # before the RVQ starts
-QUANTISED = 0.6  # share of the examples that pass it
+QUANTISED = 0.75  # share of the examples that pass it
 ALL_CODEBOOKS = 0.6  # share of the steps that use them all; the others as many as chance says
-SI_SDR, SI_SDR_RVQ = 0.1, 0.03  # weights a dB, of examples that bypass the RVQ and that pass it
+SI_SDR = 0.05  # weight a dB, of the examples that bypass the RVQ
 MEL, COMMITMENT = 1.0, 0.25
 DECAY, DEAD = 0.99, 0.05  # of an entry's running means; latents a step below which it starts again
 FLOOR = 1e-5  # a mel band's power, about 35 dB below that of loud speech
@@ -86,14 +88,23 @@ class LogMel(nn.Module):
         return (filters @ (bins.real.square() + bins.imag.square()) + FLOOR).log10()
 
 
+def mdct(size: int) -> torch.Tensor:
+    """The modified discrete cosine transform [size, 2 * size], sine window: overlapped, its transpose undoes it."""
+    time, frequency = torch.arange(2 * size) + 0.5, torch.arange(size)[:, None] + 0.5
+    waves = torch.cos(math.pi / size * (time + size / 2) * frequency) * math.sqrt(2 / size)
+    return waves * torch.sin(math.pi / (2 * size) * time)
+
+
 @torch.no_grad()
 def start_transparent(codec: SoundStream) -> None:
-    """Sets a network up to pass waveforms through, which from random weights takes longer to learn than all the rest.
+    """Sets a network up that is not causal to pass waveforms through, which else takes longer to learn than the rest.
 
     Each layer starts as an orthogonal matrix from the samples it sees to as many channels, its mirror in the decoder as
     the transpose. Channels come in pairs of opposite sign, which leaky ReLUs leave linear ("looks linear", Balduzzi et
     al., 2017, https://arxiv.org/abs/1702.08591); residual units add nothing yet; all other weights keep a tenth of
-    their random values. Pre-emphasis at the entrance, undone at the exit, gives the RVQ's noise the tilt of speech.
+    their random values. The last matrix makes each latent a narrow band of two frames, the lowest first: masks can
+    separate voices only where a latent is mostly of one of them. Pre-emphasis at the entrance, undone at the exit,
+    gives the RVQ's noise the tilt of speech.
     """
     first, *down, last = (layer for layer in codec.encoder.layers if isinstance(layer, Conv))
     entry, *up, final = (layer for layer in codec.decoder.layers if isinstance(layer, Conv | Upsample))
@@ -109,8 +120,8 @@ def start_transparent(codec: SoundStream) -> None:
     lag = first.ends[0] * size + torch.arange(size)[:, None] - torch.arange(taps * size)
     emphasis = (lag == 0).float() - PRE_EMPHASIS * (lag == 1).float()
     inverse = torch.where(lag >= 0, PRE_EMPHASIS ** lag.clamp(min=0), 0)
-    matrix = nn.init.orthogonal_(torch.empty(size, size))
-    analysis, synthesis = (matrix @ emphasis).view(size, taps, size), inverse.view(size, taps, size) @ matrix.T
+    basis = nn.init.orthogonal_(torch.empty(size, size))  # of the channels so far, in samples
+    analysis, synthesis = (basis @ emphasis).view(size, taps, size), inverse.view(size, taps, size) @ basis.T
     set_pairs(first.weight[:, :, 0], analysis.transpose(1, 2) / LEVEL, paired_in=False)
     set_pairs(final.weight[:, :, 0], synthesis.transpose(1, 2) * LEVEL, paired_out=False)
     for before, after in zip(down, reversed(up)):
@@ -119,10 +130,12 @@ def start_transparent(codec: SoundStream) -> None:
         matrix = nn.init.orthogonal_(torch.empty(new, size * stride)).view(new, size, stride)
         set_pairs(before.weight[:, :, 0, before.ends[0] :], matrix)
         set_pairs(after.weight.transpose(0, 1)[:, :, 0, after.start :], matrix.transpose(0, 1))
-        size = new
-    matrix = nn.init.orthogonal_(torch.empty(last.out_channels, size))[..., None]
+        basis, size = torch.einsum("ncj,cs->njs", matrix, basis).flatten(1), new
+    frames = mdct(codec.hop_length)[: last.out_channels].unflatten(1, (2, -1))  # of this frame and the next
+    matrix = torch.einsum("djs,cs->dcj", frames, basis)
     set_pairs(last.weight[:, :, 0, last.ends[0] :], matrix, paired_out=False)
-    set_pairs(entry.weight[:, :, 0, entry.ends[0] :], matrix.transpose(0, 1), paired_in=False)
+    # Its transpose: this frame from the latents of the last one and its own.
+    set_pairs(entry.weight[:, :, 0, entry.ends[0] - 1 :], matrix.transpose(0, 1).flip(2), paired_in=False)
 
 
 def set_pairs(weight, matrix, paired_out=True, paired_in=True) -> None:
@@ -135,17 +148,22 @@ def set_pairs(weight, matrix, paired_out=True, paired_in=True) -> None:
             weight[row : row + out, column : column + width, :taps] = part
 
 
-def draw_batch(voices: SpeakerMixtures, step: int, mixtures: float) -> torch.Tensor:
-    """[BATCH, 1, T] around the level that a codec is fed at; a share of `mixtures` is of two voices."""
-    rng = np.random.default_rng([voices.seed, 1, step])
-    examples, index = [], step * BATCH
-    while len(examples) < BATCH:
-        item = voices[index]
-        examples += [item["mixture"]] if rng.random() < mixtures else list(item["sources"])
-        index += 1
-    wav = torch.from_numpy(np.stack(examples[:BATCH]))
-    gain = 10 ** (rng.normal(0, 4, (BATCH, 1)) / 20)
-    return (wav * LEVEL / wav.std(-1, keepdim=True) * torch.from_numpy(gain).float())[:, None]
+class Examples:
+    """Batches [size, 1, T] by step, around the level that a codec is fed at; a share of `mixtures` is of two voices."""
+
+    def __init__(self, voices: SpeakerMixtures, size: int, mixtures: float):
+        self.voices, self.size, self.mixtures = voices, size, mixtures
+
+    def __getitem__(self, step: int) -> torch.Tensor:
+        rng = np.random.default_rng([self.voices.seed, 1, step])
+        examples, index = [], step * self.size
+        while len(examples) < self.size:
+            item = self.voices[index]
+            examples += [item["mixture"]] if rng.random() < self.mixtures else list(item["sources"])
+            index += 1
+        wav = torch.from_numpy(np.stack(examples[: self.size]))
+        gain = 10 ** (rng.normal(0, 4, (self.size, 1)) / 20)
+        return (wav * LEVEL / wav.std(-1, keepdim=True) * torch.from_numpy(gain).float())[:, None]
 
 
 class Codebooks:
@@ -153,22 +171,25 @@ class Codebooks:
 
     def __init__(self, codec: SoundStream):
         self.entries = codec.quantizer.codebooks.data
-        self.counts = torch.full(self.entries.shape[:2], 1.0)  # running means of how many latents chose an entry
+        self.counts = torch.ones_like(self.entries[..., 0])  # running means of how many latents chose an entry
         self.sums = self.entries.clone()  # and of their sum
 
     @torch.no_grad()
-    def fit(self, latents: torch.Tensor, iterations: int = 6) -> None:
-        """Codebook after codebook by k-means, on what the ones before leave of latents [N, D]."""
+    def fit(self, latents: torch.Tensor, per_step: int, iterations: int = 6) -> None:
+        """Codebook after codebook by k-means, on what the ones before leave of latents [N, D].
+
+        per_step: how many latents `follow` will be given.
+        """
         rest = latents
         for k, entries in enumerate(self.entries):
-            entries.copy_(rest[torch.randperm(len(rest))[: len(entries)]])
+            entries.copy_(rest[torch.randperm(len(rest), device=rest.device)[: len(entries)]])
             for _ in range(iterations):
                 chosen = torch.cat([nearest(part, entries) for part in rest.split(4096)])
                 counts = torch.bincount(chosen, minlength=len(entries)).clamp(min=1)
                 sums = torch.zeros_like(entries).index_add_(0, chosen, rest)
                 entries.copy_(torch.where(sums.any(1, keepdim=True), sums / counts[:, None], entries))
             rest = rest - F.embedding(torch.cat([nearest(part, entries) for part in rest.split(4096)]), entries)
-            self.counts[k] = counts * BATCH * SECONDS * 50 / len(latents)
+            self.counts[k] = counts * per_step / len(latents)
             self.sums[k] = entries * self.counts[k, :, None]
 
     @torch.no_grad()
@@ -180,23 +201,25 @@ class Codebooks:
         rest = latents.transpose(1, 2).flatten(0, 1)
         for k, chosen in enumerate(codes.transpose(0, 1).flatten(1)):
             left = rest - self.entries[k, chosen]
-            self.counts[k].mul_(DECAY).index_add_(0, chosen, torch.ones(len(rest)), alpha=1 - DECAY)
-            self.sums[k].mul_(DECAY).index_add_(0, chosen, rest, alpha=1 - DECAY)
-            dead = self.counts[k] < DEAD
-            anew = rest[torch.randint(len(rest), (int(dead.sum()),))]
-            self.counts[k, dead], self.sums[k, dead] = 2 * DEAD, 2 * DEAD * anew
-            self.entries[k] = self.sums[k] / self.counts[k, :, None]
+            counts, sums = self.counts[k], self.sums[k]
+            counts.mul_(DECAY).index_add_(0, chosen, torch.ones_like(rest[:, 0]), alpha=1 - DECAY)
+            sums.mul_(DECAY).index_add_(0, chosen, rest, alpha=1 - DECAY)
+            dead = counts < DEAD
+            anew = rest[torch.randint(len(rest), dead.shape, device=rest.device)]
+            sums.copy_(torch.where(dead[:, None], 2 * DEAD * anew, sums))
+            counts.masked_fill_(dead, 2 * DEAD)
+            self.entries[k] = sums / counts[:, None]
             rest = left
 
 
 @torch.no_grad()
 def validate(network: SoundStream, utterances: list[torch.Tensor]) -> dict[str, float]:
     """Mean scores of what the codec makes of utterances [T], as it will be used, quantised ("_rvq") and not."""
-    codec = Codec(copy.deepcopy(network), RATE)
+    codec = Codec(copy.deepcopy(network), RATE, device=next(network.parameters()).device)
     scores = {f"{name}{path}": [] for path in ("", "_rvq") for name in ("si_sdr", "pesq", "stoi")}
     for wav in utterances:
         for path in ("", "_rvq"):
-            decoded = codec.transmit(wav[None], quantize=bool(path))[0]
+            decoded = codec.transmit(wav[None].to(codec.device), quantize=bool(path))[0].cpu()
             for name in ("si_sdr", "pesq", "stoi"):
                 scores[f"{name}{path}"].append(score(name, decoded.numpy(), wav.numpy(), RATE))
     return {name: float(np.mean(values)) for name, values in scores.items()}
@@ -221,61 +244,71 @@ def report(path: Path, row: dict) -> None:
         writer.writerow({name: round(value, 4) for name, value in row.items()})
 
 
-def train(data, valid, out: Path, steps, minutes, mixtures, every, resume, seed) -> None:
+def train(data, valid, out: Path, steps, minutes, mixtures, batch_size, workers, compile, every, resume, seed) -> None:
     """See the flags of `main`. Raises DataError for folders that can't be used."""
-    voices = SpeakerMixtures(data, RATE, SECONDS, 10**9, seed, speeds=SPEEDS)
+    device = choose_device()
+    examples = Examples(SpeakerMixtures(data, RATE, SECONDS, 10**9, seed, speeds=SPEEDS), batch_size, mixtures)
     utterances = read_utterances(valid)
     torch.manual_seed(seed)
-    codec, log_mel = SoundStream(SHAPE), LogMel()
+    codec, log_mel = SoundStream(SHAPE), LogMel().to(device)
     start_transparent(codec)
-    codec.quantizer.requires_grad_(False)  # its codebooks follow the latents instead
+    codec.to(device).quantizer.requires_grad_(False)  # its codebooks follow the latents instead
     books = Codebooks(codec)
     weights = [p for p in codec.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.8, 0.99), fused=True)
     step, spent = 0, 0.0
     if resume:
-        state = torch.load(out / "last.pt", weights_only=True)
+        state = torch.load(out / "last.pt", map_location=device, weights_only=True)
         codec.load_state_dict(state["codec"])
         optimizer.load_state_dict(state["optimizer"])
         books.counts, books.sums, step, spent = (state[name] for name in ("counts", "sums", "step", "minutes"))
     out.mkdir(parents=True, exist_ok=True)
+    half = mixed_precision(device, False)
+    encode, decode = (
+        torch.autocast(device.type, half, enabled=half is not None)(torch.compile(part) if compile else part)
+        for part in (codec.encoder, codec.decoder)
+    )
+    batches = iter(DataLoader(
+        examples, None, sampler=range(step, steps), num_workers=workers, pin_memory=device.type == "cuda",
+    ))  # fmt: skip
 
     start = saved = time.monotonic()
-    sums, seen = dict.fromkeys(("mel", "sdr", "commitment"), 0.0), 0
+    sums, seen = dict.fromkeys(("mel", "sdr", "commitment"), torch.zeros((), device=device)), 0
     while True:
         now = time.monotonic()
-        stop = step == steps or now - start > 60 * minutes
-        if stop or now - saved > 60 * every:
-            total = spent + (now - start) / 60
+        total = spent + (now - start) / 60
+        over = max(step / steps, total / minutes)
+        if over >= 1 or now - saved > 60 * every:
             state = {"codec": codec.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "minutes": total}
             torch.save(state | {"counts": books.counts, "sums": books.sums}, out / "last.part")
             os.replace(out / "last.part", out / "last.pt")
-            save_soundstream(codec, out / "codec.pth")
-            means = {name: value / max(seen, 1) for name, value in sums.items()}
+            save_soundstream(copy.deepcopy(codec).half(), out / "codec.pth")
+            means = {name: float(value) / max(seen, 1) for name, value in sums.items()}
             report(out / "log.csv", {"step": step, "minutes": total} | means | validate(codec, utterances))
-            sums, seen, saved = dict.fromkeys(sums, 0.0), 0, time.monotonic()
-        if stop:
+            sums, seen, saved = dict.fromkeys(sums, torch.zeros((), device=device)), 0, time.monotonic()
+        if over >= 1:
             return
 
         torch.manual_seed(seed + step)  # what is drawn depends on the step alone, so that a resumed run repeats
         if step == UNQUANTISED_STEPS:
             with torch.no_grad():
-                wavs = (draw_batch(voices, 10**6 + i, mixtures) for i in range(32))
-                books.fit(torch.cat([codec.encoder(wav).transpose(1, 2).flatten(0, 1) for wav in wavs]))
+                wavs = (examples[10**6 + i].to(device) for i in range(math.ceil(512 / batch_size)))
+                latents = torch.cat([codec.encoder(wav).transpose(1, 2).flatten(0, 1) for wav in wavs])
+                books.fit(latents, batch_size * round(SECONDS * codec.sample_rate / codec.hop_length))
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = LEARNING_RATE * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * over))
 
-        wav = draw_batch(voices, step, mixtures)
-        latents = codec.encoder(wav)
+        wav = next(batches).to(device, non_blocking=True)
+        latents = encode(wav).float()
         n = codec.n_codebooks if torch.rand(()) < ALL_CODEBOOKS else int(torch.randint(1, codec.n_codebooks, ()))
         quantising = step >= UNQUANTISED_STEPS
         quantised, codes = codec.quantizer(latents, n) if quantising else (latents, None)
-        passes = torch.rand(BATCH) < QUANTISED * quantising  # which examples pass the RVQ
+        passes = (torch.rand(batch_size) < QUANTISED * quantising).to(device)  # which examples pass the RVQ
         straight_through = latents + (quantised - latents).detach()
-        decoded = codec.decoder(torch.where(passes[:, None, None], straight_through, latents))
+        decoded = decode(torch.where(passes[:, None, None], straight_through, latents)).float()
         mel, sdr = log_mel(decoded[:, 0], wav[:, 0]), si_sdr(decoded[:, 0], wav[:, 0])
         commitment = (latents - quantised).square().mean((1, 2)) / latents.detach().var()
-        loss = MEL * mel - torch.where(passes, SI_SDR_RVQ, SI_SDR) * sdr + COMMITMENT * commitment
+        loss = MEL * mel - SI_SDR * ~passes * sdr + COMMITMENT * commitment
         optimizer.zero_grad()
         loss.mean().backward()
         nn.utils.clip_grad_norm_(weights, CLIP)
@@ -284,7 +317,7 @@ def train(data, valid, out: Path, steps, minutes, mixtures, every, resume, seed)
             books.follow(latents, codes)
         step, seen = step + 1, seen + 1
         for name, value in (("mel", mel), ("sdr", sdr), ("commitment", commitment)):
-            sums[name] += float(value.detach().mean())
+            sums[name] = sums[name] + value.detach().mean()
 
 
 def main() -> None:
@@ -292,9 +325,12 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with one folder per speaker")
     parser.add_argument("--valid", required=True, help="folder of other speakers")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=30000, help="that the learning rate falls over, in all runs")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="after which this run stops; --resume goes on")
+    parser.add_argument("--steps", type=int, default=10**6, help="after which the run ends")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which it ends, if that is sooner")
     parser.add_argument("--mixtures", type=float, default=0.2, help="share of the examples that are of two voices")
+    parser.add_argument("--batch_size", type=int, default=16, help="examples a step")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make examples")
+    parser.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
     parser.add_argument("--every", type=float, default=5, help="minutes between checkpoints and validations")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
