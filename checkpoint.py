@@ -172,7 +172,7 @@ def load_separator(path, device, codec_name: str | None = None):
 # The settings of a run ------------------------------------------------------------------------------------------------
 
 # What a resumed run may be given anew; batch_size and accumulate too, as long as an update takes as many mixtures.
-CHANGEABLE = "data valid noise codec out workers save_every max_steps compile full_precision epochs".split()
+CHANGEABLE = "data valid noise codec out workers save_every max_steps minutes compile full_precision epochs".split()
 
 
 def read_flags(argv, folder=Path()) -> list[str]:
@@ -223,7 +223,7 @@ def make_parser(model: str) -> Parser:
     add("--valid_size", type=at_least(1), help="validation mixtures; of a fixed set all if not given")
     add("--workers", type=at_least(0), default=1, help="processes that make mixtures")
     # codec
-    add("--codec", default="transform", help=f"{', '.join(CODECS)} or a DAC weights file")
+    add("--codec", default="transform", help=f"{', '.join(CODECS)} or a weights file")
     add("--quantize_before", action="store_true", help="RVQ on the mixture's latents")
     add("--quantize_after", action="store_true", help="RVQ on the estimates' latents")
     # model
@@ -250,6 +250,7 @@ def make_parser(model: str) -> Parser:
     add("--out", default="runs/bundled", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings")
     add("--max_steps", type=at_least(1), help="end after so many updates, with a validation")
+    add("--minutes", type=at_least(0.01, float), help="end after so many, a cosine over by then, with a validation")
     add("--save_every", type=at_least(1), default=200, help="updates between checkpoints")
     add("--compile", action="store_true", help="torch.compile the separator")
     add("--full_precision", action="store_true", help="on a GPU: no mixed precision")
@@ -259,8 +260,8 @@ def make_parser(model: str) -> Parser:
 def parse_args(argv=None):
     """The run's settings, and those of them that were given on the command line or in its files."""
     argv = sys.argv[1:] if argv is None else argv
-    from_file, flags = any(flag.startswith("@") for flag in argv), read_flags(argv)
-    bundled = [] if from_file or "--resume" in flags else read_flags([f"@{HERE / 'config' / 'bundled.txt'}"])
+    flags, whole = read_flags(argv), "--resume" in argv or any(flag.startswith("@") for flag in argv)
+    bundled = [] if whole else read_flags([f"@{HERE / 'config' / 'bundled.txt'}"])
     named = Parser(add_help=False)
     named.add_argument("--model", choices=list(SEPARATORS), default="codecformer")
     parser = make_parser(named.parse_known_args(bundled + flags)[0].model)
@@ -288,8 +289,9 @@ def resumed_settings(given: dict, checkpoint: dict, world: int):
     if now != before:
         given = f"{world} process(es), --batch_size {args.batch_size} and --accumulate {args.accumulate}"
         raise SettingsError(f"{given} make {now} mixtures an update, the run has {before}: their product must stay")
-    if checkpoint["progress"]["validated"] >= checkpoint["end"] and not {"epochs", "max_steps"} & given.keys():
-        raise SettingsError(f"the run has ended after {checkpoint['end']} updates: give more --epochs or --max_steps")
+    ended = checkpoint["progress"]["validated"] >= checkpoint["end"]
+    if ended and not {"epochs", "max_steps", "minutes"} & given.keys():
+        raise SettingsError(f"the run has ended after {checkpoint['end']} updates: raise --epochs, --minutes ...")
     return args, changes
 
 

@@ -3,6 +3,7 @@
     python -m pytest -q test_all.py        about a minute on 2 CPU cores; with SLOW=1 the slow ones too
 """
 
+import contextlib
 import csv
 import itertools
 import json
@@ -64,7 +65,7 @@ from data import (
     resample,
 )  # fmt: skip
 from losses import LOSSES, crop, keep_hard, pairwise_negative_si_sdr, pit, reorder, si_sdr
-from recipes import cost, debian_speech, librispeech, report, train_codec, transform_codec, wsj0_mix
+from recipes import claims, cost, debian_speech, librispeech, report, train_codec, transform_codec, wsj0_mix
 from recipes.latents import write_latents
 from recipes.mix import write_fixed_set
 from recipes.sepformer import Sepformer, SepformerConfig
@@ -2392,7 +2393,7 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
 CONFIGS = sorted(p.name for p in (HERE / "config").glob("*.txt"))
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c != "bundled.txt"])
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c not in ("bundled.txt", "gpu.txt")])
 def test_every_config_holds_the_papers_settings(config):
     args = settings_of(f"@config/{config}")
     assert (args.lr, args.clip, args.batch_size, args.threshold, args.accumulate) == (1.5e-4, 5, 1, -30, 1)
@@ -2456,6 +2457,53 @@ def test_every_command_of_the_readme_is_understood(monkeypatch):
             seen.add(name)
     recipes = {f"recipes.{p.stem}" for p in (HERE / "recipes").glob("*.py") if p.stem not in ("__init__", "sepformer")}
     assert seen >= {"train.py", "evaluate", "separate", *recipes}
+
+
+@slow
+def test_claims_are_trained_scored_and_tabled_and_not_made_twice(tmp_path, monkeypatch):
+    """The real script with runs of two updates, called in this process."""
+    calls = []
+
+    def call(log, *command):
+        words = [str(word) for word in command]
+        calls.append(words)
+        program(words[1] if words[0] == "-m" else words[0][:-3], monkeypatch, *words[1 + (words[0] == "-m") :])
+
+    tiny = [f"--{name}={value}" for name, value in TINY.items()]
+    tiny += "--seconds 0.5 --batch_size 2 --epoch_size 4 --epochs 1 --valid_size 1 --workers 0".split()
+    base, valid = "--features both --context 3 --speeds 90 110".split() + tiny, ASSETS / "speech" / "valid"
+    monkeypatch.setattr(claims, "call", call)
+    serial = contextlib.nullcontext(SimpleNamespace(map=map))  # train.py wants the main thread, for its signals
+    monkeypatch.setattr(claims, "ThreadPoolExecutor", lambda parallel: serial)
+    monkeypatch.setattr(claims, "N_SCORED", 2)
+    monkeypatch.setattr(claims, "BASE", ["@config/gpu.txt", *base])
+    sepformer = ["@config/sepformer_wsj0_2mix.txt", *tiny, "--n_blocks=1", "--max_steps=2"]
+    si_sdr_run = ["@config/gpu.txt", *base, "--loss", "si_sdr", "--max_steps=2"]
+    monkeypatch.setattr(claims, "BY_TIME", {"time/si_sdr": si_sdr_run, "time/sepformer": sepformer})
+    three = {"base": [], "harder/three_speakers": ["--n_speakers", "3"]}
+    monkeypatch.setattr(claims, "BY_MIXTURES", three)
+    monkeypatch.setattr(claims, "TWICE", ())
+    arguments = ["--codec", "transform", "--data", SPEECH, "--valid", valid, "--score", valid, "--noise", SPEECH]
+    arguments += ["--out", tmp_path / "claims", "--minutes", 60]
+    monkeypatch.chdir(HERE)
+    program("recipes.claims", monkeypatch, *arguments)
+    rows = json.loads((tmp_path / "claims" / "claims.json").read_text())["rows"]
+    assert list(rows) == ["time/si_sdr/0", "time/sepformer/0", "base/0", "harder/three_speakers/0"]
+    assert {row["mixtures"] for row in rows.values()} == {4}
+    for run, row in rows.items():
+        scored = json.loads((tmp_path / "claims" / "scores" / run / "results.json").read_text())
+        assert scored["n_speakers"] == 2 + ("three" in run) and scored["n_mixtures"] == 2
+        assert row["si_sdr_i"] == scored["rows"]["sepformer" if "sepformer" in run else "codecformer"]["si_sdr_i"]
+    situations = json.loads((tmp_path / "claims" / "situations" / "results.json").read_text())["rows"]
+    assert {"codecformer/latents/none", "sepformer/latents/none"} <= situations.keys()
+    assert len((tmp_path / "claims" / "claims.md").read_text().splitlines()) == 2 + len(rows)
+    assert (tmp_path / "claims" / "claims.png").stat().st_size > 5000
+
+    calls.clear()
+    program("recipes.claims", monkeypatch, *arguments, "--only", "harder/three")
+    assert calls and not any(words[0] == "train.py" or "recipes.mix" in words for words in calls)
+    with pytest.raises(SettingsError, match="no run is called activation/swish"):
+        program("recipes.claims", monkeypatch, *arguments, "--only", "activation/swish")
 
 
 def test_no_committed_file_holds_a_path_of_the_machine_it_was_made_on():

@@ -9,9 +9,9 @@ A run's folder holds args.json (its settings), last.pt (everything, to resume), 
 validation SI-SDRi, in half precision), steps.csv (a row an update), log.csv (a row an epoch) and curves.png.
 
 What is unusual:
-- Every mixture is a pure function of (seed, epoch, index), and an update's mixtures are the same however many processes
-  share them, so resuming needs no more than a step number, and N ranks with a batch of B compute what one computes
-  with N * B. Not so with dropout, which is seeded for every update and rank: runs repeat, but ranks draw other masks.
+- Every mixture is a pure function of (seed, epoch, index), and an update's are the same however many processes share
+  them: resuming needs no more than a step number, and N ranks with a batch of B compute what one computes with N * B,
+  but for dropout, which every update and rank draws anew from a seed of its own.
 - A mixture that can't be read is named and replaced by the next one; many stop the run.
 - The codec is frozen and stays outside DDP and autocast: only the separator learns, and runs in mixed precision.
 """
@@ -141,6 +141,10 @@ def open_run(args, checkpoint: dict | None, rank: int, world: int) -> SimpleName
     half = mixed_precision(device, args.full_precision)
     rvq, margins = (args.quantize_before, args.quantize_after), codec.margins() if args.loss_seconds else (0, 0)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    # done: updates; validated: after which of them; losses: this epoch's; skipped, in_a_row: updates not made
+    progress = SimpleNamespace(**checkpoint["progress"] if args.resume else dict(
+        done=0, validated=-1, losses=[], best=-math.inf, skipped=0, in_a_row=0, broken=0, seconds=0.0,
+    ))  # fmt: skip
     run = SimpleNamespace(
         args=args, rank=rank, world=world, device=device, codec=codec, found=[data.found, valid.found],
         valid=SkipBroken(valid), batches=batches, updates=batches.updates, per_update=math.prod(batches.shape),
@@ -153,17 +157,13 @@ def open_run(args, checkpoint: dict | None, rank: int, world: int) -> SimpleName
             SkipBroken(data, args.seed), batch_sampler=batches, num_workers=args.workers,
             worker_init_fn=ignore_signals, persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
         ),
-        model=model, ddp=ddp, optimizer=optimizer, scheduler=make_scheduler(optimizer, args, batches.updates),
-        scaler=torch.amp.GradScaler(device.type, enabled=half is torch.float16),
-        # done: updates; validated: after which of them; losses: this epoch's; skipped, in_a_row: updates not made
-        progress=SimpleNamespace(**checkpoint["progress"] if args.resume else dict(
-            done=0, validated=-1, losses=[], best=-math.inf, skipped=0, in_a_row=0, broken=0, seconds=0.0,
-        )),
+        model=model, ddp=ddp, optimizer=optimizer, scheduler=make_scheduler(optimizer, args, batches.updates, progress),
+        scaler=torch.amp.GradScaler(device.type, enabled=half is torch.float16), progress=progress,
         stop=[], reasons=[], named=set(),  # signals; why mixtures were broken: not counted yet, told already
     )  # fmt: skip
     for name in ("optimizer", "scheduler", "scaler") if args.resume else ():
         getattr(run, name).load_state_dict(checkpoint[name])
-    run.started, run.began = time.time() - run.progress.seconds, (time.time(), run.progress.done)
+    run.started, run.began = time.time() - progress.seconds, (time.time(), progress.done)
     return run
 
 
@@ -174,11 +174,12 @@ def mixed_precision(device, switched_off: bool) -> torch.dtype | None:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def make_scheduler(optimizer, args, updates: int):
+def make_scheduler(optimizer, args, updates: int, progress):
     """Stepped once an epoch by validation SI-SDRi (plateau), or after each of the `updates` an epoch (cosine)."""
     if args.schedule == "plateau":
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=args.patience)
-    cosine = lambda s: 0.01 + 0.495 * (1 + math.cos(math.pi * min(s / (args.epochs * updates), 1)))  # noqa: E731
+    over = lambda s: max(s / (args.epochs * updates), progress.seconds / 60 / (args.minutes or math.inf))  # noqa: E731
+    cosine = lambda s: 0.01 + 0.495 * (1 + math.cos(math.pi * min(over(s), 1)))  # noqa: E731
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / args.warmup, 1) * cosine(s))
 
 
@@ -192,19 +193,21 @@ def total(run, *values: float) -> list[float]:
 
 def state(run) -> dict:
     """What a checkpoint holds of a run."""
-    run.progress.seconds, args = time.time() - run.started, run.args
     parts = {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "scheduler", "scaler")}
     return {
-        "separator": args.model, "config": asdict(run.model.config), "sample_rate": args.sample_rate,
-        "codec": {"name": args.codec, "fingerprint": run.codec.fingerprint}, "quantize_before": args.quantize_before,
-        "quantize_after": args.quantize_after, "args": vars(args), "git": git_revision(),
+        "separator": run.args.model, "config": asdict(run.model.config), "sample_rate": run.args.sample_rate,
+        "codec": {"name": run.args.codec, "fingerprint": run.codec.fingerprint}, "quantize_before": run.rvq[0],
+        "quantize_after": run.rvq[1], "args": vars(run.args), "git": git_revision(),
         "per_update": run.per_update, "end": run.end, "progress": vars(run.progress), **parts,
     }  # fmt: skip
 
 
 def sync(run, folder: RunFolder) -> None:
-    """What a signal or a broken recording on any rank means for all."""
-    n_stop, n_broken = total(run, len(run.stop), len(run.reasons))
+    """What a signal, a broken recording or the clock on any rank means for all."""
+    elapsed = time.time() - run.started if run.rank == 0 else 0
+    n_stop, n_broken, run.progress.seconds = total(run, len(run.stop), len(run.reasons), elapsed)
+    if run.args.minutes and run.progress.seconds > 60 * run.args.minutes:
+        run.end = run.progress.done
     for reason in sorted(set(run.reasons) - run.named):
         tqdm.write(f"left out: {reason}", file=sys.stderr)
     run.named, run.reasons = run.named | {*run.reasons}, []
@@ -284,7 +287,7 @@ def end_epoch(run, folder: RunFolder) -> None:
     if run.rank == 0:
         made = f"loss {loss:.2f}, " if math.isfinite(loss) else "before training, "
         tqdm.write(f"epoch {epoch}: {made}validation SI-SDRi {improvement:.2f} dB, rate {lr:.1e}")
-        draw([folder.path], folder.path / "curves.png")
+        draw({folder.path.name: folder.path}, folder.path / "curves.png")
     if is_best:
         folder.save_best(state(run))
     folder.save_last(state(run))

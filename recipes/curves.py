@@ -13,21 +13,22 @@ from checkpoint import SettingsError, run_program
 from data import Parser
 
 
-def draw(folders, out) -> None:
-    """Reads steps.csv and log.csv of each folder. Raises SettingsError where they are missing or can't be drawn."""
+def draw(folders: dict, out) -> None:
+    """Reads steps.csv and log.csv of folders by their labels. Raises SettingsError where that or drawing fails."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     try:
         warnings.filterwarnings("ignore", "genfromtxt: Empty input")  # before the first update
-        for folder in map(Path, folders):
+        for label, folder in folders.items():
             steps, epochs = (
-                np.genfromtxt(folder / name, delimiter=",", names=True, ndmin=1) for name in ("steps.csv", "log.csv")
+                np.genfromtxt(Path(folder) / name, delimiter=",", names=True, ndmin=1)
+                for name in ("steps.csv", "log.csv")
             )
             if steps.size:
                 window = max(len(steps) // 100, 1)  # a mean over as many updates makes a curve of the scatter
                 smooth = np.convolve(steps["loss"], np.ones(window) / window, "valid")
                 left.plot(steps["step"][window - 1 :], smooth, linewidth=1)
-            right.plot(epochs["seconds"] / 3600, epochs["valid_si_sdr_i"], "o-", label=folder.name)
+            right.plot(epochs["seconds"] / 3600, epochs["valid_si_sdr_i"], "o-", label=label)
         left.set(xlabel="update", ylabel="training loss, each run's own, dB")
         right.set(xlabel="hours", ylabel="validation SI-SDRi, dB")
         right.legend()
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="folders of train.py")
     parser.add_argument("--out", default="curves.png", help="picture to write")
     args = parser.parse_args()
-    draw(args.runs, args.out)
+    draw({run: run for run in args.runs}, args.out)
 
 
 if __name__ == "__main__":

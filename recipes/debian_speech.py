@@ -1,7 +1,6 @@
-"""Builds nine hours of real speech from Debian's packages, and packs the small folder that comes with the repository.
+"""Builds a folder of nine hours of real speech, 58 voices, from Debian's packages (about 600 MB to fetch).
 
-    apt-get update; python -m recipes.debian_speech --out speech          58 voices, about 600 MB to fetch
-    python -m recipes.debian_speech --bundle speech --out assets/speech   8 minutes each of the freely licensed ones
+    apt-get update; python -m recipes.debian_speech --out speech
 """
 
 import itertools
@@ -15,7 +14,7 @@ import soundfile as sf
 from tqdm import tqdm
 
 from checkpoint import run_program
-from data import DataError, Parser, list_speakers, read_audio, resample
+from data import DataError, Parser, read_audio, resample
 from recipes.mix import new_folder
 
 # {speaker: (Debian packages, pattern below usr/share)}: voices recorded for telephone exchanges, two games and the
@@ -40,6 +39,9 @@ for lang in "ca da de el en fr gl lt ru sl uk wa nn".split():
     VOICES[f"ktuberling_{lang}"] = (["ktuberling-data"], rf"ktuberling/sounds/{lang}/.*\.(wav|ogg|opus)")
 # Three voices choose hyperparameters, thirteen are only ever scored, all others may be trained on.
 VALID_VOICES = {"stamps_be", "stamps_ca", "stamps_da"}
+# The same program's animals, tools and bells: noise.
+SOUNDS = r"tuxpaint/stamps/(?!symbols|.*_[a-z]{2}(_\w+)?\.).*\.(ogg|wav)"
+VOICES["stamps_sounds"] = (["tuxpaint-stamps-default"], SOUNDS)
 
 # More voices to train on, a minute or so each but for the first three and the Malayalam reader: two more telephone
 # exchanges, two readers of Chinese syllables, the readers of KDE's alphabets and a game's characters. KDE doesn't say
@@ -69,7 +71,7 @@ def trim_silence(audio: np.ndarray, rate: int) -> np.ndarray:
 
 
 def build_debian_speech(out, sample_rate: int = 8000) -> None:
-    """Builds `out`/{train,seen,valid,test,more}/<voice>/*.flac from Debian's packages (about 600 MB to fetch).
+    """Builds `out`/{train,seen,valid,test,more,noise}/<voice>/*.flac.
 
     Every 20th recording of a training voice goes to `seen`: known voices, unheard sentences. `more` holds further
     voices to train on, whole. Recordings shorter than 0.3 s are left out. Raises DataError where apt-get fails.
@@ -102,6 +104,7 @@ def build_debian_speech(out, sample_rate: int = 8000) -> None:
                 if len(audio) < 0.3 * sample_rate:
                     continue
                 split = "more" if voice in MORE_VOICES else "train" if index % 20 else "seen"
+                split = "noise" if voice == "stamps_sounds" else split
                 split = "test" if voice.startswith("ktuberling") else "valid" if voice in VALID_VOICES else split
                 target = folder / split / voice / f"{index:04d}.flac"
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,38 +112,10 @@ def build_debian_speech(out, sample_rate: int = 8000) -> None:
         shutil.rmtree(unpacked)
 
 
-def bundle_speech(speech, out) -> None:
-    """Packs 8 minutes of each freely licensed voice into one-minute Ogg files at 8 kHz: `out`/{train,valid}/<voice>.
-
-    `valid` holds a minute of the same voices' sentences in `seen`. Raises DataError if speech is missing.
-    """
-    minute, block = 60 * 8000, 4096  # libsndfile's Vorbis encoder overflows its stack on long blocks
-    with new_folder(out) as folder:
-        for split, source, minutes in (("train", "train", 8), ("valid", "seen", 1)):
-            speakers = list_speakers(Path(speech) / source)
-            for voice in ASTERISK:  # the voices under CC-BY and CC-BY-SA
-                if voice not in speakers:
-                    raise DataError(f"{speech}/{source}/{voice} is missing: build the folder without --bundle")
-                files = np.random.default_rng(0).permutation(speakers[voice])
-                gap = np.zeros(1600, np.float32)
-                audio = np.concatenate([part for path in files for part in (read_audio(path)[0], gap)])
-                (folder / split / voice).mkdir(parents=True)
-                for k, part in enumerate(np.split(audio, range(minute, len(audio), minute))[:minutes]):
-                    path = folder / split / voice / f"{k:02d}.ogg"
-                    with sf.SoundFile(path, "w", 8000, 1, "VORBIS", compression_level=0.0) as file:
-                        for start in range(0, len(part), block):
-                            file.write(part[start : start + block])
-
-
 def main() -> None:
     parser = Parser(description="Builds a folder of speech from Debian's packages.")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--bundle", metavar="SPEECH", help="pack the freely licensed voices of such a folder instead")
-    args = parser.parse_args()
-    if args.bundle:
-        bundle_speech(args.bundle, args.out)
-    else:
-        build_debian_speech(args.out)
+    build_debian_speech(parser.parse_args().out)
 
 
 if __name__ == "__main__":
