@@ -3,7 +3,8 @@
     python -m recipes.cost --out results/cost          about ten minutes on 2 CPU cores; nothing else should run
 
 8 kHz audio, two speakers, batch 1, plain fp32. MACs are counted on the meta device, where nothing is computed, with the
-plain attention kernel, the one that is counted whole. The 16 kHz DAC has random weights: they cost the same.
+plain attention kernel, the one that is counted whole. Separators, the 16 kHz DAC and Lyra have random weights: they
+cost the same.
 """
 
 import copy
@@ -21,11 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from checkpoint import choose_device, git_revision, load_separator, machine, make_folder, parse_args, run_program
-from codecformer import Codecformer, separate
+from checkpoint import build_model, choose_device, git_revision, machine, make_folder, parse_args, run_program
+from codecformer import separate
 from dac_wrapper import ASSETS, CODECS, DAC, Codec, fold_weight_norm, import_dac
 from data import Parser, open_mixtures
 from recipes.sepformer import Sepformer
+from soundstream import SoundStream
 
 DAC_16KHZ = dict(
     encoder_dim=64, encoder_rates=[2, 4, 5, 8], latent_dim=1024, decoder_dim=1536, decoder_rates=[8, 5, 4, 2],
@@ -42,17 +44,31 @@ STEPS = {  # flags, on the bundled speech; one update at batch 1 and 4 s
     "embedding_latents_on_disk": [*PAPER, "--loss", "embedding"],
     "bundled": ["@config/bundled.txt"],  # in seconds per mixture
 }
+SYSTEMS = {  # flags of the separator, and its codec
+    "codecformer_dac_16khz": (PAPER, "random_dac_16khz"),
+    "codecformer_lyra": (["@config/lyra.txt"], "random_lyra"),
+    "codecformer_small_bundled": (["@config/bundled.txt"], "bundled"),
+    "codecformer_small_transform": (["@config/bundled.txt"], "transform"),
+}
 RATIOS = {  # Sepformer's cost over Codecformer's
-    "latents_to_latents": ("sepformer/wav_to_wav", "codecformer_paper/latents_to_latents"),
-    "behind_codec": ("sepformer/behind_codec", "codecformer_paper/latents_to_latents"),
-    "wav_to_wav_bundled": ("sepformer/wav_to_wav", "codecformer_bundled/wav_to_wav"),
-    "wav_to_wav_dac_16khz": ("sepformer/wav_to_wav", "codecformer_paper/wav_to_wav"),
+    "latents_to_latents": ("sepformer/wav_to_wav", "codecformer_dac_16khz/latents_to_latents"),
+    "behind_codec": ("sepformer/behind_codec", "codecformer_dac_16khz/latents_to_latents"),
+    "wav_to_wav_dac_16khz": ("sepformer/wav_to_wav", "codecformer_dac_16khz/wav_to_wav"),
+    "wav_to_wav_lyra": ("sepformer/wav_to_wav", "codecformer_lyra/wav_to_wav"),
+    "wav_to_wav_bundled": ("sepformer/wav_to_wav", "codecformer_small_bundled/wav_to_wav"),
+    "wav_to_wav_transform": ("sepformer/wav_to_wav", "codecformer_small_transform/wav_to_wav"),
 }
 
 
 def random_dac_16khz():
     model = fold_weight_norm(import_dac().DAC(**DAC_16KHZ))
     return DAC(model), model.state_dict()
+
+
+def load_system(flags: list[str], codec: str, device):
+    """The separator that flags describe, random, ready for inference, and its codec."""
+    codec = Codec.load(codec, 8000, device)
+    return build_model(vars(parse_args(flags)[0]), codec.latent_dim).fuse().to(device).eval(), codec
 
 
 def count_macs(module: torch.nn.Module, *shape: int) -> float:
@@ -90,7 +106,7 @@ def inference(codecs: dict, sepformer, seconds: int, device) -> dict[str, dict]:
         systems[f"{name}/latents_to_latents"] = [model], (0, separator, 0), on_latents
         whole = lambda m=model, c=codec: separate(m, c, wav)  # noqa: E731
         systems[f"{name}/wav_to_wav"] = [model, network], (encoder, separator, 2 * decoder), whole
-        if name == "codecformer_paper":
+        if name == "codecformer_dac_16khz":
             macs = 2 * encoder, systems["sepformer/wav_to_wav"][1][1], decoder
             behind = lambda z=latents, c=codec: c.encode(sepformer(c.decode(z, n)))  # noqa: E731
             systems["sepformer/behind_codec"] = [sepformer, network], macs, behind
@@ -142,11 +158,11 @@ def print_tables(results: dict) -> None:
           f"{results['matrix_product_gmac_per_second']:.0f} GMAC/s\n")  # fmt: skip
     keys = ("gmac_encoder", "gmac_separator", "gmac_decoder", "seconds", "gmac_per_second")
     titles = ("M param", "enc", "sep", "dec", "s", "GMAC/s")
-    print("audio s  system".ljust(48) + "".join(title.rjust(10) for title in titles))
+    print("audio s  system".ljust(57) + "".join(title.rjust(10) for title in titles))
     for seconds, rows in results["inference"].items():
         for name, row in rows.items():
             values = [row["parameters"] / 1e6, *(row[key] for key in keys)]
-            print(f"{seconds:>7}  {name}".ljust(48) + cells(values, (1, 2, 2, 2, 3, 0)))
+            print(f"{seconds:>7}  {name}".ljust(57) + cells(values, (1, 2, 2, 2, 3, 0)))
     print("\n- : not timed here, it would take minutes\n\nSepformer over Codecformer, 4 s        MACs x    time x")
     for name in RATIOS:
         print(name.ljust(36) + cells(results["ratios"][name].values(), (1, 1)))
@@ -159,18 +175,14 @@ def print_tables(results: dict) -> None:
 
 def main() -> None:
     parser = Parser(description="What Codecformer and Sepformer cost, side by side.")
-    parser.add_argument("--ckpt", default=str(ASSETS / "separator.pt"), help="the small model beside the paper's")
     parser.add_argument("--out", default="results/cost", help="folder for cost.json")
     args = parser.parse_args()
     device, out = choose_device(), Path(args.out)
     make_folder(out)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")  # random weights have no lag to be measured
-    CODECS["random_dac_16khz"] = random_dac_16khz
-    codecs = {
-        "codecformer_paper": (Codecformer().fuse().to(device).eval(), Codec.load("random_dac_16khz", 8000, device)),
-        "codecformer_bundled": load_separator(args.ckpt, device)[:2],
-    }
+    CODECS.update(random_dac_16khz=random_dac_16khz, random_lyra=lambda: ((n := SoundStream()), n.state_dict()))
+    codecs = {name: load_system(*system, device) for name, system in SYSTEMS.items()}
     a, b = torch.randn(2, 2048, 2048, device=device)
     product = median_seconds({"product": lambda: a @ b}, 10, device)["product"]
     sepformer = Sepformer().to(device).eval()
