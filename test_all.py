@@ -834,7 +834,7 @@ def test_scores_are_per_source_after_the_best_permutation(speech, rate, mode):
 
 def test_a_codec_is_scored_on_one_utterance_of_each_speaker(tmp_path, monkeypatch):
     class Noisy:  # adds as much error as there is signal when quantised, a tenth of it when not
-        bitrate, n_codebooks = 6000, 12
+        bitrate, n_codebooks, device = 6000, 12, "cpu"
 
         def transmit(self, wav, quantize, n_codebooks):
             error = wav.roll(4000, -1)
@@ -846,10 +846,30 @@ def test_a_codec_is_scored_on_one_utterance_of_each_speaker(tmp_path, monkeypatc
     program("recipes.codec_scores", monkeypatch, "--data", SPEECH.parent / "valid", "--out", tmp_path)
     results = json.loads((tmp_path / "codec_scores.json").read_text())
     rows = results["rows"]
-    assert results["n_speakers"] == 5 and list(rows) == ["transform/unquantised", "transform/6"]
+    assert results["n_signals"] == 5 and list(rows) == ["transform/unquantised", "transform/6"]
     assert rows["transform/unquantised"]["si_sdr"]["mean"] == pytest.approx(10, abs=0.05)  # means are removed
     assert rows["transform/6"]["si_sdr"]["mean"] == pytest.approx(0, abs=0.05)
     assert rows["transform/6"]["pesq"]["mean"] < rows["transform/unquantised"]["pesq"]["mean"]
+
+
+def test_how_well_latents_add_is_scored_on_mixtures(tmp_path, monkeypatch):
+    class Cubes:  # codes waveforms exactly, but the cubes of two don't add up to the cube of their sum
+        bitrate, n_codebooks, device = 6000, 12, "cpu"
+        gain = staticmethod(lambda wav: torch.full((1,), 3.0))
+        encode = staticmethod(lambda wav: wav[:, None] ** 3)
+        decode = staticmethod(lambda latents, length: latents[:, 0].sign() * latents[:, 0].abs() ** (1 / 3))
+        transmit = staticmethod(lambda wav, quantize, n_codebooks: wav)
+
+    write_fixed_set(SpeakerMixtures(SPEECH, 8000, 1.0, 2), tmp_path / "set")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(Codec, "load", lambda *_: Cubes())
+    program("recipes.codec_scores", monkeypatch, "--data", tmp_path / "set", "--out", tmp_path)
+    rows = json.loads((tmp_path / "codec_scores.json").read_text())["rows"]
+    expected = []
+    for item in (FixedMixtures(tmp_path / "set", 8000)[index] for index in range(2)):
+        expected.append(si_sdr(*map(torch.from_numpy, (np.cbrt((item["sources"] ** 3).sum(0)), item["mixture"]))))
+    assert rows["transform/latents_added"]["si_sdr"]["mean"] == pytest.approx(float(np.mean(expected)), abs=0.01)
+    assert rows["transform/unquantised"]["si_sdr"]["mean"] > 60
 
 
 def test_a_score_that_cannot_be_had_is_left_out_counted_and_told(speech):

@@ -1,7 +1,7 @@
 """The paper's claims at small scale: trains a separator for each, scores all, and makes the table and the picture.
 
-    python -m recipes.claims --codec lyra --data speech/all --valid libri/valid --score libri/test --noise speech/noise \
-        --out runs/claims
+    python -m recipes.claims --codec lyra --data speech/all --valid libri/valid --score libri/test \
+        --noise speech/noise --out runs/claims
 
 A run differs from `base` in the flags below alone. Those of BY_TIME all end after the same minutes, for which they
 should run side by side; all others after the same number of mixtures. A run that is there already is not made again,
@@ -103,8 +103,8 @@ def main() -> None:
     for kind, flags in kinds.items():
         sets[kind] = out / "sets" / kind
         if kind == "two" or any(run.startswith(kind) for run in runs):
-            made = ["-m", "recipes.mix", "--speech", args.score, "--n", N_SCORED, "--seed", 1, *flags, "--out", sets[kind]]
-            sets[kind].exists() or call(out / "sets.log", *made)
+            made = ["-m", "recipes.mix", "--speech", args.score, "--n", N_SCORED, "--seed", 1, *flags]
+            sets[kind].exists() or call(out / "sets.log", *made, "--out", sets[kind])
     for run in runs:
         scores, on = out / "scores" / run, sets.get(run.rpartition("/")[0], sets["two"])
         call(out / "scores.log", "evaluate.py", "--ckpt", out / run / "best.pt", "--data", on, "--out", scores)

@@ -1,8 +1,10 @@
-"""What codecs make of single voices: SI-SDR, PESQ and STOI at each rate, beside Opus where opus-tools are installed.
+"""What codecs make of speech: SI-SDR, PESQ and STOI at each rate, beside Opus where opus-tools are installed.
 
     python -m recipes.codec_scores --data libri/test --codecs transform lyra --out results/codecs
+    python -m recipes.codec_scores --data set --codecs runs/codec/codec.pth --out results/codecs_mixtures
 
-One utterance of each speaker, its first 8 s, at 8 kHz: a codec of another rate is scored below 4 kHz.
+Of a folder of speakers one utterance each, of a fixed set the mixtures, the first 8 s at 8 kHz: a codec of another rate
+is scored below 4 kHz. Of mixtures there is one row more, `latents_added`: the sum of the sources' latents, decoded.
 """
 
 import json
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import choose_device, git_revision, machine, make_folder, run_program
 from dac_wrapper import CODECS, Codec
-from data import DataError, Parser, list_speakers, read_audio, resample
+from data import MIX_FOLDERS, DataError, FixedMixtures, Parser, list_speakers, read_audio, resample
 from evaluate import score
 
 RATE = 8000
@@ -44,41 +46,62 @@ def opus(wav: np.ndarray, kbit: int) -> np.ndarray:
 @torch.no_grad()
 def transmitted(wav: np.ndarray, codec: Codec, n_codebooks: int) -> np.ndarray:
     """[T] through a codec; 0 codebooks: unquantised."""
-    return codec.transmit(torch.from_numpy(wav)[None], n_codebooks > 0, n_codebooks or None)[0].cpu().numpy()
+    wav = torch.from_numpy(wav)[None].to(codec.device)
+    return codec.transmit(wav, n_codebooks > 0, n_codebooks or None)[0].cpu().numpy()
+
+
+@torch.no_grad()
+def added(sources: np.ndarray, codec: Codec) -> np.ndarray:
+    """The sum of the latents of sources [S, T], each as loud as in their sum, decoded; [T]."""
+    sources = torch.from_numpy(sources).to(codec.device)
+    gain = codec.gain(sources.sum(0))
+    return (codec.decode(codec.encode(sources * gain).sum(0)[None], sources.shape[1]) / gain)[0].cpu().numpy()
+
+
+def read_signals(data):
+    """Signals [T] and their sources [S, T], if they are mixtures. Raises DataError."""
+    if any((Path(data) / folder).is_dir() for folder in MIX_FOLDERS):
+        mixtures = FixedMixtures(data, RATE)
+        for item in (mixtures[index] for index in range(len(mixtures))):
+            yield item["mixture"][: 8 * RATE], item["sources"][:, : 8 * RATE]
+        return
+    for files in list_speakers(data).values():
+        audio, rate = read_audio(files[0])
+        yield resample(audio, rate, RATE)[: 8 * RATE], None
 
 
 def main() -> None:
-    parser = Parser(description="Scores codecs on single voices.")
-    parser.add_argument("--data", required=True, help="folder with one folder per speaker")
+    parser = Parser(description="Scores codecs on single voices or mixtures.")
+    parser.add_argument("--data", required=True, help="folder with one folder per speaker, or a fixed set")
     parser.add_argument("--codecs", nargs="+", default=["transform"], help=f"of {', '.join(CODECS)}, or files")
     parser.add_argument("--out", default="results/codecs", help="folder for codec_scores.json")
     args = parser.parse_args()
     make_folder(Path(args.out))
-    systems = {}  # {codec/kbit/s: what it makes of a signal [T]}
+    systems, signals = {}, list(read_signals(args.data))  # {codec/kbit/s: what it makes of a signal and its sources}
     for name in args.codecs:
         codec = Codec.load(name, RATE, choose_device())
         for n in (0, *CODEBOOKS.get(name, (codec.n_codebooks,))):
             kbit = codec.bitrate * n / codec.n_codebooks / 1000
             row = f"{name}/{kbit:g}" if n else f"{name}/unquantised"
-            systems[row] = lambda wav, codec=codec, n=n: transmitted(wav, codec, n)
+            systems[row] = lambda wav, sources, codec=codec, n=n: transmitted(wav, codec, n)
+        if signals[0][1] is not None:
+            systems[f"{name}/latents_added"] = lambda wav, sources, codec=codec: added(sources, codec)
     if shutil.which("opusenc"):
-        systems |= {f"opus/{kbit}": lambda wav, kbit=kbit: opus(wav, kbit) for kbit in (6, 9)}
+        systems |= {f"opus/{kbit}": lambda wav, sources, kbit=kbit: opus(wav, kbit) for kbit in (6, 9)}
     scores = {name: {metric: [] for metric in METRICS} for name in systems}
-    for files in tqdm(list_speakers(args.data).values(), desc="scoring", unit="speaker"):
-        audio, rate = read_audio(files[0])
-        wav = resample(audio, rate, RATE)[: 8 * RATE]
+    for wav, sources in tqdm(signals, desc="scoring", unit="signal"):
         for name, system in systems.items():
-            decoded = system(wav)
+            decoded = system(wav, sources)
             for metric in METRICS:
                 scores[name][metric].append(score(metric, decoded, wav, RATE))
     rows = {}
-    print("codec, kbit/s".ljust(24) + "SI-SDR dB".rjust(14) + "PESQ".rjust(14) + "STOI".rjust(14))
+    print("codec, kbit/s".ljust(36) + "SI-SDR dB".rjust(14) + "PESQ".rjust(14) + "STOI".rjust(14))
     for name, columns in scores.items():
         known = {metric: np.array(values)[np.isfinite(values)] for metric, values in columns.items()}
         rows[name] = {m: {"mean": v.mean(), "ci95": 1.96 * v.std(ddof=1) / len(v) ** 0.5} for m, v in known.items()}
-        print(name.ljust(24) + "".join(f"{c['mean']:.2f} ±{c['ci95']:.2f}".rjust(14) for c in rows[name].values()))
+        print(name.ljust(36) + "".join(f"{c['mean']:.2f} ±{c['ci95']:.2f}".rjust(14) for c in rows[name].values()))
     results = {
-        "rows": rows, "n_speakers": len(columns["si_sdr"]), "machine": machine(choose_device()), "git": git_revision(),
+        "rows": rows, "n_signals": len(signals), "machine": machine(choose_device()), "git": git_revision(),
         "command": shlex.join(["python", "-m", "recipes.codec_scores", *sys.argv[1:]]),
     }  # fmt: skip
     (Path(args.out) / "codec_scores.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Packs minutes of each of some voices into a small folder: one-minute files at 8 kHz, a folder a voice.
 
-    python -m recipes.pack --speech speech/all --minutes 8 --loss 0.7 --out voices     37 MB of Ogg Vorbis, to take along
+    python -m recipes.pack --speech speech/all --minutes 8 --loss 0.7 --out voices     37 MB of Vorbis, to take along
     python -m recipes.pack --speech voices --wav --out decoded                         there, for fast reading
 """
 
