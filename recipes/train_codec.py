@@ -29,7 +29,6 @@ from pathlib import Path
 import librosa  # for its mel filters
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -38,9 +37,8 @@ from dac_wrapper import LEVEL, Codec
 from data import Parser, SpeakerMixtures, list_speakers, read_audio, resample
 from evaluate import score
 from losses import si_sdr
-from soundstream import (
-    SLOPE, Conv, ResidualUnit, SoundStream, SoundStreamConfig, Upsample, nearest, save_soundstream,
-)  # fmt: skip
+from recipes.transform_codec import k_means, lapped_transform
+from soundstream import SLOPE, Conv, ResidualUnit, SoundStream, SoundStreamConfig, Upsample, save_soundstream
 from train import mixed_precision
 
 RATE = 8000
@@ -88,13 +86,6 @@ class LogMel(nn.Module):
         return (filters @ (bins.real.square() + bins.imag.square()) + FLOOR).log10()
 
 
-def mdct(size: int) -> torch.Tensor:
-    """The modified discrete cosine transform [size, 2 * size], sine window: overlapped, its transpose undoes it."""
-    time, frequency = torch.arange(2 * size) + 0.5, torch.arange(size)[:, None] + 0.5
-    waves = torch.cos(math.pi / size * (time + size / 2) * frequency) * math.sqrt(2 / size)
-    return waves * torch.sin(math.pi / (2 * size) * time)
-
-
 @torch.no_grad()
 def start_transparent(codec: SoundStream) -> None:
     """Sets a network up that is not causal to pass waveforms through, which else takes longer to learn than the rest.
@@ -131,7 +122,8 @@ def start_transparent(codec: SoundStream) -> None:
         set_pairs(before.weight[:, :, 0, before.ends[0] :], matrix)
         set_pairs(after.weight.transpose(0, 1)[:, :, 0, after.start :], matrix.transpose(0, 1))
         basis, size = torch.einsum("ncj,cs->njs", matrix, basis).flatten(1), new
-    frames = mdct(codec.hop_length)[: last.out_channels].unflatten(1, (2, -1))  # of this frame and the next
+    bands = lapped_transform(codec.hop_length)[: codec.hop_length] * math.sqrt(2)  # an MDCT
+    frames = bands[: last.out_channels].unflatten(1, (2, -1))  # of this frame and the next
     matrix = torch.einsum("djs,cs->dcj", frames, basis)
     set_pairs(last.weight[:, :, 0, last.ends[0] :], matrix, paired_out=False)
     # Its transpose: this frame from the latents of the last one and its own.
@@ -182,15 +174,11 @@ class Codebooks:
         """
         rest = latents
         for k, entries in enumerate(self.entries):
-            entries.copy_(rest[torch.randperm(len(rest), device=rest.device)[: len(entries)]])
-            for _ in range(iterations):
-                chosen = torch.cat([nearest(part, entries) for part in rest.split(4096)])
-                counts = torch.bincount(chosen, minlength=len(entries)).clamp(min=1)
-                sums = torch.zeros_like(entries).index_add_(0, chosen, rest)
-                entries.copy_(torch.where(sums.any(1, keepdim=True), sums / counts[:, None], entries))
-            rest = rest - F.embedding(torch.cat([nearest(part, entries) for part in rest.split(4096)]), entries)
-            self.counts[k] = counts * per_step / len(latents)
-            self.sums[k] = entries * self.counts[k, :, None]
+            means, chosen = k_means(rest, len(entries), iterations)
+            entries.copy_(means)
+            self.counts[k] = torch.bincount(chosen, minlength=len(means)).clamp(min=1) * per_step / len(latents)
+            self.sums[k] = means * self.counts[k, :, None]
+            rest = rest - means[chosen]
 
     @torch.no_grad()
     def follow(self, latents: torch.Tensor, codes: torch.Tensor) -> None:

@@ -20,10 +20,37 @@ from checkpoint import run_program
 from dac_wrapper import ASSETS, LEVEL, Codec, CodecError, first_line, fold_weight_norm, import_dac
 from data import DataError, Parser, SpeakerMixtures, list_speakers
 from losses import si_sdr
+from soundstream import nearest
 
 HOP = 160
 # One scale for all latents, so that distances between them are those between waveforms; loud ones come to about 1.
 SCALE = 32.0
+
+
+def lapped_transform(size: int) -> torch.Tensor:
+    """Rows of `size` cosines, then `size` sines, under sine windows of two frames, in frames of `size` samples.
+
+    [2 * size, 2 * size], an analysis whose transpose is the synthesis; sqrt(2) times either half, too.
+    """
+    time, band = torch.arange(2 * size, dtype=torch.float64) + 0.5, torch.arange(size, dtype=torch.float64)[:, None]
+    phase = math.pi / size * (time + size / 2) * (band + 0.5)
+    window = torch.sin(math.pi * time / (2 * size)) / math.sqrt(size)
+    return (torch.cat([phase.cos(), phase.sin()]) * window).float()
+
+
+def assign(points: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    return torch.cat([nearest(part, means) for part in points.split(4096)])
+
+
+def k_means(points: torch.Tensor, n: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`n` means [n, D] of points [N, D], from random ones of these, and which of them is nearest to each point [N]."""
+    means = points[torch.randperm(len(points), device=points.device)[:n]]
+    for _ in range(iterations):
+        chosen = assign(points, means)
+        count = torch.bincount(chosen, minlength=n)[:, None]
+        sums = torch.zeros_like(means).index_add_(0, chosen, points)
+        means = torch.where(count > 0, sums / count.clamp(min=1), means)
+    return means, assign(points, means)
 
 
 class TransformCodec(nn.Module):
@@ -33,13 +60,11 @@ class TransformCodec(nn.Module):
 
     def __init__(self):
         super().__init__()
-        time = torch.arange(2 * HOP, dtype=torch.float64) + 0.5
-        phase = math.pi / HOP * (time + HOP / 2) * (torch.arange(HOP, dtype=torch.float64)[:, None] + 0.5)
-        basis = torch.cat([phase.cos(), phase.sin()]) * torch.sin(math.pi * time / (2 * HOP)) / math.sqrt(HOP)
+        basis = lapped_transform(HOP)[:, None]
         self.encoder = nn.Conv1d(1, 2 * HOP, 2 * HOP, HOP, padding=HOP // 2, bias=False)
-        self.encoder.weight = nn.Parameter((basis * SCALE).float()[:, None])
+        self.encoder.weight = nn.Parameter(basis * SCALE)
         self.decoder = nn.ConvTranspose1d(2 * HOP, 1, 2 * HOP, HOP, padding=HOP // 2, bias=False)
-        self.decoder.weight = nn.Parameter((basis / SCALE).float()[:, None])
+        self.decoder.weight = nn.Parameter(basis / SCALE)
         rvq = import_dac().nn.quantize.ResidualVectorQuantize
         self.quantizer = fold_weight_norm(rvq(self.latent_dim, self.n_codebooks, self.codebook_size, codebook_dim=8))
 
@@ -71,12 +96,7 @@ def fit_quantizer(quantizer: nn.Module, latents: torch.Tensor, iterations: int =
         points = rest @ axes
         scale = points.square().sum(1).mean().sqrt()
         points = points / scale
-        codes = points[torch.randperm(len(points))[: len(stage.codebook.weight)]]
-        for _ in range(iterations):
-            nearest = torch.cat([torch.cdist(part, codes).argmin(1) for part in points.split(10000)])
-            sums = torch.zeros_like(codes).index_add_(0, nearest, points)
-            count = torch.bincount(nearest, minlength=len(codes))[:, None]
-            codes = torch.where(count > 0, sums / count.clamp(min=1), codes)
+        codes, _ = k_means(points, len(stage.codebook.weight), iterations)
         stage.codebook.weight.copy_(F.pad(codes, (0, 1), value=height))
         stage.in_proj.weight.copy_(F.pad(axes / scale, (0, 1)).T[..., None])
         stage.in_proj.bias.copy_(F.pad(torch.zeros(7), (0, 1), value=height))
