@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -57,8 +56,11 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def machine(device) -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, {device.type}, torch {torch.__version__}"
+def mixed_precision(device, switched_off: bool = False) -> torch.dtype | None:
+    """What the trained network alone computes in on a GPU: bf16 where that is no emulation, else fp16, scaled."""
+    if device.type != "cuda" or switched_off:
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @functools.cache
@@ -68,12 +70,6 @@ def git_revision() -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:
         return "unknown"
-
-
-def portable(path) -> str:
-    """A path for checkpoints and results: relative to the repository where it lies in there, else as given."""
-    full = Path(path).resolve()
-    return full.relative_to(HERE).as_posix() if full.is_relative_to(HERE) else str(path)
 
 
 def make_folder(path: Path) -> None:

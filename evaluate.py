@@ -24,8 +24,6 @@ import json
 import math
 import multiprocessing
 import os
-import shlex
-import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -36,14 +34,13 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (
-    SettingsError, check_codec, choose_device, git_revision, load_checkpoint, machine, make_folder, portable,
-    restore_model, run_program,
+    SettingsError, check_codec, choose_device, load_checkpoint, make_folder, restore_model, run_program,
 )  # fmt: skip
 from codecformer import separate
 from dac_wrapper import ASSETS, Codec, measure_lag
 from data import MIX_FOLDERS, FixedMixtures, Parser
 from losses import pairwise_negative_si_sdr, pit, reorder, si_sdr
-from recipes.report import ROWS, format_table, write_page
+from recipes.report import ROWS, format_table, portable, provenance, write_page
 
 COLUMNS = ["si_sdr", "si_sdr_i", "csi_sdr_i", "sdr_i", "pesq", "stoi"]
 SITUATION_COLUMNS = [f"{c}{metric}" for c in ("", "c") for metric in ("si_sdr_i", "sdr_i", "pesq", "stoi")]
@@ -221,10 +218,9 @@ def evaluate(args) -> None:
     facts = ("separator", "config", "codec", "quantize_before", "quantize_after", "git", "args")
     results = {
         "rows": rows, "n_mixtures": len(scores), "n_speakers": dataset.n_speakers,
-        "command": shlex.join(["python", "evaluate.py", *map(portable, sys.argv[1:])]),
         "checkpoints": {portable(path): {k: c[k] for k in facts} for path, c in checkpoints.items()},
         "codec": {k: getattr(codec, k) for k in ("name", "sample_rate", "codec_rate", "frame_rate", "bitrate", "lag")},
-        "data": portable(args.data), "machine": machine(device), "git": git_revision(),
+        "data": portable(args.data), **provenance("evaluate.py"),
     }  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{len(scores)} mixtures of {dataset.n_speakers} speakers from {portable(args.data)}")

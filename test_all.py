@@ -1908,8 +1908,8 @@ def test_mixed_precision_is_bf16_only_where_a_gpu_has_it_and_can_be_switched_off
         # As torch answers on a V100: with emulation it could.
         supported = lambda including_emulation=True: native or including_emulation  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert train.mixed_precision(gpu, False) is expected
-        assert train.mixed_precision(gpu, True) is train.mixed_precision(cpu, False) is None
+        assert checkpoint.mixed_precision(gpu, False) is expected
+        assert checkpoint.mixed_precision(gpu, True) is checkpoint.mixed_precision(cpu, False) is None
 
 
 @slow
@@ -2484,7 +2484,7 @@ def test_claims_are_trained_scored_and_tabled_and_not_made_twice(tmp_path, monke
     """The real script with runs of two updates, called in this process."""
     calls = []
 
-    def call(log, *command):
+    def call(*command, log):
         words = [str(word) for word in command]
         calls.append(words)
         program(words[1] if words[0] == "-m" else words[0][:-3], monkeypatch, *words[1 + (words[0] == "-m") :])
@@ -2495,6 +2495,7 @@ def test_claims_are_trained_scored_and_tabled_and_not_made_twice(tmp_path, monke
     monkeypatch.setattr(claims, "call", call)
     serial = contextlib.nullcontext(SimpleNamespace(map=map))  # train.py wants the main thread, for its signals
     monkeypatch.setattr(claims, "ThreadPoolExecutor", lambda parallel: serial)
+    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(1))
     monkeypatch.setattr(claims, "N_SCORED", 2)
     monkeypatch.setattr(claims, "BASE", ["@config/gpu.txt", *base])
     sepformer = ["@config/sepformer_wsj0_2mix.txt", *tiny, "--n_blocks=1", "--max_steps=2"]

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from checkpoint import (
     SEPARATORS, RunFolder, SettingsError, build_model, check_codec, choose_device, git_revision, load_checkpoint,
-    parse_args, restore_model, resumed_settings, run_program,
+    mixed_precision, parse_args, restore_model, resumed_settings, run_program,
 )  # fmt: skip
 from codecformer import estimate_latents, separate
 from dac_wrapper import Codec
@@ -165,13 +165,6 @@ def open_run(args, checkpoint: dict | None, rank: int, world: int) -> SimpleName
         getattr(run, name).load_state_dict(checkpoint[name])
     run.started, run.began = time.time() - progress.seconds, (time.time(), progress.done)
     return run
-
-
-def mixed_precision(device, switched_off: bool) -> torch.dtype | None:
-    """What the separator alone computes in on a GPU: bf16 where that is no emulation, else fp16 with scaled losses."""
-    if device.type != "cuda" or switched_off:
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def make_scheduler(optimizer, args, updates: int, progress):

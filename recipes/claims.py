@@ -10,14 +10,13 @@ situations/ (the paper's table, of the runs that were given the same time), clai
 """
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from checkpoint import HERE, SettingsError, make_folder, run_program
+from checkpoint import SettingsError, make_folder, run_program
 from data import Parser
 from recipes.curves import draw
+from recipes.gpu import call
 
 BASE = (
     "@config/gpu.txt --d_model 128 --n_layers 4 --n_heads 4 --d_ffn 512 --dropout 0 --seconds 2 --batch_size 16 "
@@ -52,15 +51,6 @@ N_SCORED = 96  # mixtures
 COLUMNS = {"si_sdr_i": "SI-SDRi", "csi_sdr_i": "cSI-SDRi", "pesq": "PESQ", "stoi": "STOI"}
 
 
-def call(log: Path, *command) -> None:
-    """Runs a program of this repository, what it says into a file. Raises SettingsError where it fails."""
-    make_folder(log.parent)
-    with open(log, "a") as file:
-        words = [sys.executable, *map(str, command)]
-        if status := subprocess.run(words, cwd=HERE, stdout=file, stderr=file).returncode:
-            raise SettingsError(f"{' '.join(words[1:3])} ended with status {status}: see {log}")
-
-
 def flags_of(args) -> dict[str, list]:
     """{run: the flags of its training}, of the runs asked for."""
     common = ["--data", args.data, "--valid", args.valid, "--codec", args.codec]
@@ -73,52 +63,64 @@ def flags_of(args) -> dict[str, list]:
     return {r: [args.noise if f == "NOISE" else f for f in flags] + common for r, flags in chosen.items()}
 
 
+def train(runs: dict, out: Path, parallel: int) -> None:
+    """Trains what is missing, `parallel` runs at a time. Raises SettingsError."""
+
+    def one(run: str) -> None:
+        folder, ended = out / run, out / run / "ended"
+        if not ended.exists():
+            make_folder(folder.parent)
+            flags = ["--resume"] if (folder / "last.pt").exists() else runs[run]
+            call("train.py", *flags, "--out", folder, log=out / f"{run}.log")
+            ended.touch()
+
+    with ThreadPoolExecutor(parallel) as pool:
+        list(pool.map(one, runs))
+
+
+def score(runs: dict, out: Path, speech: str, noise: str) -> dict[str, dict]:
+    """{run: its scores and what it cost}, on fixed sets of its kind, made of `speech`. Raises SettingsError."""
+    kinds = {"two": [], "harder/three_speakers": ["--n_speakers", 3], "harder/noise": ["--noise", noise]}
+    sets, rows = {kind: out / "sets" / kind for kind in kinds}, {}
+    for run in runs:
+        kind, scores = run.rpartition("/")[0], out / "scores" / run
+        kind = kind if kind in kinds else "two"
+        if not sets[kind].exists():
+            made = ["-m", "recipes.mix", "--speech", speech, "--n", N_SCORED, "--seed", 1, *kinds[kind]]
+            call(*made, "--out", sets[kind], log=out / "sets.log")
+        flags = ["--data", sets[kind], "--out", scores]
+        call("evaluate.py", "--ckpt", out / run / "best.pt", *flags, log=out / "scores.log")
+        results = json.loads((scores / "results.json").read_text())
+        settings = next(iter(results["checkpoints"].values()))["args"]
+        last = (out / run / "log.csv").read_text().splitlines()[-1].split(",")
+        rows[run] = {
+            **{column: list(results["rows"].values())[-1][column] for column in COLUMNS},
+            "mixtures": int(last[1]) * settings["batch_size"], "seconds": int(last[6]), "machine": results["machine"],
+        }  # fmt: skip
+    if {"time/si_sdr/0", "time/sepformer/0"} <= runs.keys():
+        pair = [out / run / "best.pt" for run in ("time/si_sdr/0", "time/sepformer/0")]
+        flags = ["--data", sets["two"], "--out", out / "situations"]
+        call("evaluate.py", "--situations", "--ckpt", *pair, *flags, log=out / "scores.log")
+    return rows
+
+
 def main() -> None:
     parser = Parser(description="Trains and scores separators, one for each of the paper's claims.")
     parser.add_argument("--codec", default="transform", help="of all of them: a name or a weights file")
-    parser.add_argument("--data", type=Path, required=True, help="folder of speakers to train on")
-    parser.add_argument("--valid", type=Path, required=True, help="folder of other speakers, to choose epochs by")
-    parser.add_argument("--score", type=Path, required=True, help="folder of yet others, to score on")
-    parser.add_argument("--noise", type=Path, required=True, help="folder of noise")
+    parser.add_argument("--data", required=True, help="folder of speakers to train on")
+    parser.add_argument("--valid", required=True, help="folder of other speakers, to choose epochs by")
+    parser.add_argument("--score", required=True, help="folder of yet others, to score on")
+    parser.add_argument("--noise", required=True, help="folder of noise")
     parser.add_argument("--only", nargs="*", default=[], help="runs whose names start so")
     parser.add_argument("--minutes", type=float, default=120.0, help="of the runs that are compared by time")
     parser.add_argument("--parallel", type=int, default=1, help="trainings at a time")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    for name in ("data", "valid", "score", "noise", "out"):  # programs run at the repository's top
-        setattr(args, name, getattr(args, name).resolve())
     out, runs = args.out, flags_of(args)
+    make_folder(out)
 
-    def train(run: str) -> None:
-        ended = (out / run / "ended").exists()
-        resume = ["--resume"] if (out / run / "last.pt").exists() else runs[run]
-        if not ended:
-            call(out / f"{run}.log", "train.py", *resume, "--out", out / run)
-            (out / run / "ended").touch()
-
-    with ThreadPoolExecutor(args.parallel) as pool:
-        list(pool.map(train, runs))
-    kinds = {"two": [], "harder/three_speakers": ["--n_speakers", 3], "harder/noise": ["--noise", args.noise]}
-    rows, sets = {}, {}
-    for kind, flags in kinds.items():
-        sets[kind] = out / "sets" / kind
-        if kind == "two" or any(run.startswith(kind) for run in runs):
-            made = ["-m", "recipes.mix", "--speech", args.score, "--n", N_SCORED, "--seed", 1, *flags]
-            sets[kind].exists() or call(out / "sets.log", *made, "--out", sets[kind])
-    for run in runs:
-        scores, on = out / "scores" / run, sets.get(run.rpartition("/")[0], sets["two"])
-        call(out / "scores.log", "evaluate.py", "--ckpt", out / run / "best.pt", "--data", on, "--out", scores)
-        results = json.loads((scores / "results.json").read_text())
-        settings = next(iter(results["checkpoints"].values()))["args"]
-        steps = (out / run / "log.csv").read_text().splitlines()[-1].split(",")
-        rows[run] = {
-            **{column: list(results["rows"].values())[-1][column] for column in COLUMNS},
-            "mixtures": int(steps[1]) * settings["batch_size"], "seconds": int(steps[6]), "machine": results["machine"],
-        }  # fmt: skip
-    by_time = [out / run / "best.pt" for run in ("time/si_sdr/0", "time/sepformer/0") if run in runs]
-    if len(by_time) == 2:
-        flags = ["--data", sets["two"], "--out", out / "situations"]
-        call(out / "scores.log", "evaluate.py", "--situations", "--ckpt", *by_time, *flags)
+    train(runs, out, args.parallel)
+    rows = score(runs, out, args.score, args.noise)
     (out / "claims.json").write_text(json.dumps({"codec": args.codec, "rows": rows}, indent=1) + "\n")
     lines = [f"| run | mixtures | minutes | {' | '.join(COLUMNS.values())} |", "|---" * (3 + len(COLUMNS)) + "|"]
     for run, row in rows.items():

@@ -8,10 +8,8 @@ is scored below 4 kHz. Of mixtures there is one row more, `latents_added`: the s
 """
 
 import json
-import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,10 +18,11 @@ import soundfile as sf
 import torch
 from tqdm import tqdm
 
-from checkpoint import choose_device, git_revision, machine, make_folder, run_program
+from checkpoint import choose_device, make_folder, run_program
 from dac_wrapper import CODECS, Codec
 from data import MIX_FOLDERS, DataError, FixedMixtures, Parser, list_speakers, read_audio, resample
 from evaluate import score
+from recipes.report import provenance
 
 RATE = 8000
 CODEBOOKS = {"lyra": (16, 30, 46)}  # of other codecs all
@@ -100,10 +99,7 @@ def main() -> None:
         known = {metric: np.array(values)[np.isfinite(values)] for metric, values in columns.items()}
         rows[name] = {m: {"mean": v.mean(), "ci95": 1.96 * v.std(ddof=1) / len(v) ** 0.5} for m, v in known.items()}
         print(name.ljust(36) + "".join(f"{c['mean']:.2f} ±{c['ci95']:.2f}".rjust(14) for c in rows[name].values()))
-    results = {
-        "rows": rows, "n_signals": len(signals), "machine": machine(choose_device()), "git": git_revision(),
-        "command": shlex.join(["python", "-m", "recipes.codec_scores", *sys.argv[1:]]),
-    }  # fmt: skip
+    results = {"rows": rows, "n_signals": len(signals), **provenance("-m", "recipes.codec_scores")}
     (Path(args.out) / "codec_scores.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -10,8 +10,6 @@ cost the same.
 import copy
 import itertools
 import json
-import shlex
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -22,10 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from checkpoint import build_model, choose_device, git_revision, machine, make_folder, parse_args, run_program
+from checkpoint import build_model, choose_device, make_folder, parse_args, run_program
 from codecformer import separate
 from dac_wrapper import ASSETS, CODECS, DAC, Codec, fold_weight_norm, import_dac
 from data import Parser, open_mixtures
+from recipes.report import provenance
 from recipes.sepformer import Sepformer
 from soundstream import SoundStream
 
@@ -195,9 +194,8 @@ def main() -> None:
     pipeline = {"mixtures_made_per_second": mixtures_per_second(), "mixtures_taken_per_second": 1 / steps["bundled"]}
     results = {
         "ratios": ratios, "inference": rows, "train_step_seconds": steps, "pipeline": pipeline,
-        "matrix_product_gmac_per_second": 2048**3 / 1e9 / product, "machine": machine(device),
-        "threads": torch.get_num_threads(), "git": git_revision(),
-        "command": shlex.join(["python", "-m", "recipes.cost", *sys.argv[1:]]),
+        "matrix_product_gmac_per_second": 2048**3 / 1e9 / product, "threads": torch.get_num_threads(),
+        **provenance("-m", "recipes.cost"),
     }  # fmt: skip
     (out / "cost.json").write_text(json.dumps(results, indent=1) + "\n")
     print_tables(results)

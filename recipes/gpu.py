@@ -9,6 +9,7 @@ then SI-SDR through the decoder) and results/. Every part is a command that is p
 checkpoints: what a lease's end cuts off goes on by hand, with --resume. Without a GPU all of it runs too, slowly.
 """
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,13 @@ from data import Parser
 SHARES = {"codec": 0.4, "embedding": 0.35, "waveform": 0.25}  # of the time
 
 
-def call(*command) -> None:
-    """Runs a Python program of this repository. Raises SettingsError where it fails."""
+def call(*command, log: Path | None = None) -> None:
+    """Runs a program of this repository, at its top; what it says goes into a log. Raises SettingsError if it fails."""
     print(">", "python", *command, flush=True)
-    if status := subprocess.run([sys.executable, *map(str, command)]).returncode:
-        raise SettingsError(f"{command[0]} ended with status {status}: see above")
+    with open(log, "a") if log else contextlib.nullcontext() as file:
+        words = [sys.executable, *map(str, command)]
+        if status := subprocess.run(words, stdout=file, stderr=file).returncode:
+            raise SettingsError(f"{' '.join(words[1:3])} ended with status {status}: see {log or 'above'}")
 
 
 def run(data, valid, minutes: float, codec: str | None, score, out: Path) -> None:

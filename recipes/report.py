@@ -9,15 +9,20 @@ import base64
 import html
 import io
 import json
+import os
+import platform
+import shlex
 import string
+import sys
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
+import torch
 from matplotlib.image import imsave
 from scipy.signal import stft
 
-from checkpoint import run_program
+from checkpoint import HERE, choose_device, git_revision, run_program
 from dac_wrapper import ASSETS
 from data import DataError, FixedMixtures, Parser, read_audio
 
@@ -48,6 +53,19 @@ def format_table(rows: dict) -> str:
         left_out += [f"{title} of {values['title']}: {count}" for title, count in counts if count]
     lines += ["Mixtures left out, since there is no such score: " + "; ".join(left_out)] if left_out else []
     return "\n".join(lines)
+
+
+def portable(path) -> str:
+    """A path for checkpoints and results: relative to the repository where it lies in there, else as given."""
+    full = Path(path).resolve()
+    return full.relative_to(HERE).as_posix() if full.is_relative_to(HERE) else str(path)
+
+
+def provenance(*program: str) -> dict[str, str]:
+    """What results were made by: command, machine, git revision. program: the words after `python`."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {choose_device().type}, torch {torch.__version__}"
+    command = shlex.join(["python", *program, *map(portable, sys.argv[1:])])
+    return {"command": command, "machine": machine, "git": git_revision()}
 
 
 def embed(kind: str, content: bytes) -> str:

@@ -32,14 +32,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import choose_device, run_program
+from checkpoint import choose_device, mixed_precision, run_program
 from dac_wrapper import LEVEL, Codec
 from data import Parser, SpeakerMixtures, list_speakers, read_audio, resample
 from evaluate import score
 from losses import si_sdr
 from recipes.transform_codec import k_means, lapped_transform
 from soundstream import SLOPE, Conv, ResidualUnit, SoundStream, SoundStreamConfig, Upsample, save_soundstream
-from train import mixed_precision
 
 RATE = 8000
 SHAPE = SoundStreamConfig(
@@ -251,7 +250,7 @@ def train(data, valid, out: Path, steps, minutes, mixtures, batch_size, workers,
         optimizer.load_state_dict(state["optimizer"])
         books.counts, books.sums, step, spent = (state[name] for name in ("counts", "sums", "step", "minutes"))
     out.mkdir(parents=True, exist_ok=True)
-    half = mixed_precision(device, False)
+    half = mixed_precision(device)
     encode, decode = (
         torch.autocast(device.type, half, enabled=half is not None)(torch.compile(part) if compile else part)
         for part in (codec.encoder, codec.decoder)
