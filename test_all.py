@@ -2619,12 +2619,12 @@ def test_a_resumed_codec_repeats_the_unbroken_one(chords, tmp_path, monkeypatch)
 
     def validate(codec, utterances):
         validations.append(len(utterances))
-        if len(validations) == 5:  # of the broken run the fifth, after three steps and a checkpoint
+        if len(validations) == 6:  # of the broken run the fourth, after three steps and a checkpoint
             raise KeyboardInterrupt
         return {}
 
     monkeypatch.setattr(train_codec, "validate", validate)
-    settings = dict(data=chords, valid=chords, minutes=math.inf, mixtures=0.5, seed=0)
+    settings = dict(data=chords, valid=chords, init=None, minutes=math.inf, mixtures=0.5, sums=0.5, seed=0)
     settings |= dict(batch_size=2, workers=0, compile=False, steps=6)
     train_codec.train(out=tmp_path / "whole", resume=False, every=1e9, **settings)
     with pytest.raises(KeyboardInterrupt):
@@ -2634,6 +2634,25 @@ def test_a_resumed_codec_repeats_the_unbroken_one(chords, tmp_path, monkeypatch)
     whole, broken = (load_file(tmp_path / name / "codec.pth")[1] for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert {tensor.dtype for tensor in whole.values()} == {torch.float16}
+
+
+def test_a_codec_goes_on_from_a_file_of_its_shape_only(chords, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_codec, "SHAPE", TINY_CODEC)
+    monkeypatch.setattr(train_codec, "validate", lambda codec, utterances: {})
+    torch.manual_seed(0)
+    save_soundstream(SoundStream(TINY_CODEC).half(), tmp_path / "first.pth")
+    save_soundstream(SoundStream(), tmp_path / "lyra.pth")
+    settings = ["--data", chords, "--valid", chords, "--batch_size", 2, "--workers", 0]
+    for steps, same in ((0, True), (1, False)):
+        out = tmp_path / str(steps)
+        limit = ["--steps", 1] if steps else ["--minutes", 1e-9]
+        program("recipes.train_codec", monkeypatch, *settings, "--init", tmp_path / "first.pth", *limit, "--out", out)
+        first, then = (load_file(path)[1] for path in (tmp_path / "first.pth", out / "codec.pth"))
+        # With the RVQ in use from the first step on, its entries too follow what they are given.
+        assert torch.equal(first["quantizer.codebooks"], then["quantizer.codebooks"]) == same
+        assert all(torch.equal(first[name], then[name]) for name in first) == same
+    with pytest.raises(CodecError, match="another shape"):
+        train_codec.load_small(tmp_path / "lyra.pth")
 
 
 def test_log_mel_is_zero_for_the_same_and_grows_with_level():

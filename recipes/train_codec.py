@@ -9,6 +9,8 @@ What is unusual:
 - Every step trains two paths through one decoder: some examples pass the RVQ, the others its unquantised latents,
   which is what a separator works on. The first are pulled towards the spectrum, which is what one hears of so few
   bits, the others towards the waveform, whose SI-SDR is the ceiling of separation.
+- Of the latter, a share is decoded from the sum of two examples' latents and compared with the sum of the waveforms: a
+  separator's masks are the easier to learn the more nearly the latents of a mixture are the sum of its voices'.
 - The network starts transparent (see `start_transparent`) and learns what few bits can carry.
 - The RVQ starts by k-means on the latents of a network trained without it. Its entries then are running means of
   the latents that choose them: the same aim as a codebook loss under Adam, reached several times sooner.
@@ -21,6 +23,7 @@ et al., 2021, https://arxiv.org/abs/2107.03312); quantiser dropout and the spect
 
 import copy
 import csv
+import itertools
 import math
 import os
 import time
@@ -33,10 +36,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from checkpoint import choose_device, mixed_precision, run_program
-from dac_wrapper import LEVEL, Codec
-from data import Parser, SpeakerMixtures, list_speakers, read_audio, resample
+from dac_wrapper import LEVEL, Codec, CodecError, load_file
+from data import Parser, SpeakerMixtures
 from evaluate import score
 from losses import si_sdr
+from recipes.codec_scores import read_signals
 from recipes.transform_codec import k_means, lapped_transform
 from soundstream import SLOPE, Conv, ResidualUnit, SoundStream, SoundStreamConfig, Upsample, save_soundstream
 
@@ -50,7 +54,7 @@ SECONDS = 0.8
 SPEEDS = tuple(range(90, 113))  # percent
 LEARNING_RATE, WARMUP, CLIP = 1e-3, 100, 1.0
 UNQUANTISED_STEPS = 200  # before the RVQ starts
-QUANTISED = 0.75  # share of the examples that pass it
+QUANTISED = 0.6  # share of the examples that pass it
 ALL_CODEBOOKS = 0.6  # share of the steps that use them all; the others as many as chance says
 SI_SDR = 0.05  # weight a dB, of the examples that bypass the RVQ
 MEL, COMMITMENT = 1.0, 0.25
@@ -212,13 +216,12 @@ def validate(network: SoundStream, utterances: list[torch.Tensor]) -> dict[str, 
     return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
-def read_utterances(folder, n: int = 10, seconds: int = 4) -> list[torch.Tensor]:
-    """The first `seconds` of a recording of each of the first `n` speakers in `folder`. Raises DataError."""
-    utterances = []
-    for files in list(list_speakers(folder).values())[:n]:
-        audio, rate = read_audio(files[0])
-        utterances.append(torch.from_numpy(resample(audio, rate, RATE)[: seconds * RATE]))
-    return utterances
+def load_small(path) -> SoundStream:
+    """A network of `SHAPE` with the weights in a file. Raises CodecError."""
+    codec = load_file(path)[0]
+    if getattr(codec, "config", None) != SHAPE:
+        raise CodecError(f"{path} is a codec of another shape than {Path(__file__).name} trains: start without --init")
+    return codec
 
 
 def report(path: Path, row: dict) -> None:
@@ -231,14 +234,18 @@ def report(path: Path, row: dict) -> None:
         writer.writerow({name: round(value, 4) for name, value in row.items()})
 
 
-def train(data, valid, out: Path, steps, minutes, mixtures, batch_size, workers, compile, every, resume, seed) -> None:
-    """See the flags of `main`. Raises DataError for folders that can't be used."""
+def train(
+    data, valid, out: Path, init, steps, minutes, mixtures, sums, batch_size, workers, compile, every, resume, seed
+) -> None:
+    """See the flags of `main`. Raises DataError for folders that can't be used, CodecError for such a file."""
     device = choose_device()
     examples = Examples(SpeakerMixtures(data, RATE, SECONDS, 10**9, seed, speeds=SPEEDS), batch_size, mixtures)
-    utterances = read_utterances(valid)
+    utterances = [torch.from_numpy(wav[: 4 * RATE]) for wav, _ in itertools.islice(read_signals(valid), 10)]
     torch.manual_seed(seed)
-    codec, log_mel = SoundStream(SHAPE), LogMel().to(device)
-    start_transparent(codec)
+    codec, log_mel = load_small(init) if init else SoundStream(SHAPE), LogMel().to(device)
+    unquantised = 0 if init else UNQUANTISED_STEPS
+    if not init:
+        start_transparent(codec)
     codec.to(device).quantizer.requires_grad_(False)  # its codebooks follow the latents instead
     books = Codebooks(codec)
     weights = [p for p in codec.parameters() if p.requires_grad]
@@ -248,7 +255,9 @@ def train(data, valid, out: Path, steps, minutes, mixtures, batch_size, workers,
         state = torch.load(out / "last.pt", map_location=device, weights_only=True)
         codec.load_state_dict(state["codec"])
         optimizer.load_state_dict(state["optimizer"])
-        books.counts, books.sums, step, spent = (state[name] for name in ("counts", "sums", "step", "minutes"))
+        books.counts, books.sums, step, spent, unquantised = (
+            state[name] for name in ("counts", "sums", "step", "minutes", "unquantised")
+        )
     out.mkdir(parents=True, exist_ok=True)
     half = mixed_precision(device)
     encode, decode = (
@@ -259,25 +268,26 @@ def train(data, valid, out: Path, steps, minutes, mixtures, batch_size, workers,
         examples, None, sampler=range(step, steps), num_workers=workers, pin_memory=device.type == "cuda",
     ))  # fmt: skip
 
-    start = saved = time.monotonic()
-    sums, seen = dict.fromkeys(("mel", "sdr", "commitment"), torch.zeros((), device=device)), 0
+    start = time.monotonic()
+    saved = start if resume else -math.inf  # a new run is scored as it starts
+    totals, seen = dict.fromkeys(("mel", "sdr", "commitment"), torch.zeros((), device=device)), 0
     while True:
-        now = time.monotonic()
-        total = spent + (now - start) / 60
+        total = spent + (time.monotonic() - start) / 60
         over = max(step / steps, total / minutes)
-        if over >= 1 or now - saved > 60 * every:
+        if over >= 1 or time.monotonic() - saved > 60 * every:
             state = {"codec": codec.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "minutes": total}
-            torch.save(state | {"counts": books.counts, "sums": books.sums}, out / "last.part")
+            state |= {"counts": books.counts, "sums": books.sums, "unquantised": unquantised}
+            torch.save(state, out / "last.part")
             os.replace(out / "last.part", out / "last.pt")
             save_soundstream(copy.deepcopy(codec).half(), out / "codec.pth")
-            means = {name: float(value) / max(seen, 1) for name, value in sums.items()}
+            means = {name: float(value) / seen if seen else math.nan for name, value in totals.items()}
             report(out / "log.csv", {"step": step, "minutes": total} | means | validate(codec, utterances))
-            sums, seen, saved = dict.fromkeys(sums, torch.zeros((), device=device)), 0, time.monotonic()
+            totals, seen, saved = dict.fromkeys(totals, torch.zeros((), device=device)), 0, time.monotonic()
         if over >= 1:
             return
 
         torch.manual_seed(seed + step)  # what is drawn depends on the step alone, so that a resumed run repeats
-        if step == UNQUANTISED_STEPS:
+        if step == unquantised > 0:
             with torch.no_grad():
                 wavs = (examples[10**6 + i].to(device) for i in range(math.ceil(512 / batch_size)))
                 latents = torch.cat([codec.encoder(wav).transpose(1, 2).flatten(0, 1) for wav in wavs])
@@ -288,12 +298,14 @@ def train(data, valid, out: Path, steps, minutes, mixtures, batch_size, workers,
         wav = next(batches).to(device, non_blocking=True)
         latents = encode(wav).float()
         n = codec.n_codebooks if torch.rand(()) < ALL_CODEBOOKS else int(torch.randint(1, codec.n_codebooks, ()))
-        quantising = step >= UNQUANTISED_STEPS
+        quantising = step >= unquantised
         quantised, codes = codec.quantizer(latents, n) if quantising else (latents, None)
         passes = (torch.rand(batch_size) < QUANTISED * quantising).to(device)  # which examples pass the RVQ
         straight_through = latents + (quantised - latents).detach()
-        decoded = decode(torch.where(passes[:, None, None], straight_through, latents)).float()
-        mel, sdr = log_mel(decoded[:, 0], wav[:, 0]), si_sdr(decoded[:, 0], wav[:, 0])
+        adds = (~passes & (torch.rand(batch_size) < sums).to(device))[:, None, None]  # and which have company
+        given = torch.where(passes[:, None, None], straight_through, latents + adds * latents.roll(1, 0))
+        decoded, target = decode(given).float()[:, 0], (wav + adds * wav.roll(1, 0))[:, 0]
+        mel, sdr = log_mel(decoded, target), si_sdr(decoded, target)
         commitment = (latents - quantised).square().mean((1, 2)) / latents.detach().var()
         loss = MEL * mel - SI_SDR * ~passes * sdr + COMMITMENT * commitment
         optimizer.zero_grad()
@@ -304,7 +316,7 @@ def train(data, valid, out: Path, steps, minutes, mixtures, batch_size, workers,
             books.follow(latents, codes)
         step, seen = step + 1, seen + 1
         for name, value in (("mel", mel), ("sdr", sdr), ("commitment", commitment)):
-            sums[name] = sums[name] + value.detach().mean()
+            totals[name] = totals[name] + value.detach().mean()
 
 
 def main() -> None:
@@ -312,9 +324,11 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with one folder per speaker")
     parser.add_argument("--valid", required=True, help="folder of other speakers")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", help="a small codec's weights file to start from")
     parser.add_argument("--steps", type=int, default=10**6, help="after which the run ends")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which it ends, if that is sooner")
     parser.add_argument("--mixtures", type=float, default=0.2, help="share of the examples that are of two voices")
+    parser.add_argument("--sums", type=float, default=0.5, help="share of the unquantised ones decoded from a sum")
     parser.add_argument("--batch_size", type=int, default=16, help="examples a step")
     parser.add_argument("--workers", type=int, default=1, help="processes that make examples")
     parser.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
@@ -322,8 +336,11 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not 0 <= args.mixtures <= 1:
-        parser.error(f"--mixtures is a share from 0 to 1, not {args.mixtures:g}")
+    for name, share in (("mixtures", args.mixtures), ("sums", args.sums)):
+        if not 0 <= share <= 1:
+            parser.error(f"--{name} is a share from 0 to 1, not {share:g}")
+    if args.resume and args.init:
+        parser.error("--init starts a new run, --resume goes on with one: give one of them")
     if args.resume != (args.out / "last.pt").exists():
         parser.error(f"{args.out} holds no run to resume" if args.resume else f"{args.out} holds a run: add --resume")
     train(**vars(args))
