@@ -852,10 +852,10 @@ def test_a_codec_is_scored_on_one_utterance_of_each_speaker(tmp_path, monkeypatc
     assert rows["transform/6"]["pesq"]["mean"] < rows["transform/unquantised"]["pesq"]["mean"]
 
 
-def test_how_well_latents_add_is_scored_on_mixtures(tmp_path, monkeypatch):
+def test_how_well_latents_add_and_are_masked_is_scored_on_mixtures(tmp_path, monkeypatch):
     class Cubes:  # codes waveforms exactly, but the cubes of two don't add up to the cube of their sum
         bitrate, n_codebooks, device = 6000, 12, "cpu"
-        gain = staticmethod(lambda wav: torch.full((1,), 3.0))
+        gain = staticmethod(lambda wav: torch.full((1,), 30.0))
         encode = staticmethod(lambda wav: wav[:, None] ** 3)
         decode = staticmethod(lambda latents, length: latents[:, 0].sign() * latents[:, 0].abs() ** (1 / 3))
         transmit = staticmethod(lambda wav, quantize, n_codebooks: wav)
@@ -865,10 +865,16 @@ def test_how_well_latents_add_is_scored_on_mixtures(tmp_path, monkeypatch):
     monkeypatch.setattr(Codec, "load", lambda *_: Cubes())
     program("recipes.codec_scores", monkeypatch, "--data", tmp_path / "set", "--out", tmp_path)
     rows = json.loads((tmp_path / "codec_scores.json").read_text())["rows"]
-    expected = []
+    expected = {"latents_added": [], "ideal_mask": []}
     for item in (FixedMixtures(tmp_path / "set", 8000)[index] for index in range(2)):
-        expected.append(si_sdr(*map(torch.from_numpy, (np.cbrt((item["sources"] ** 3).sum(0)), item["mixture"]))))
-    assert rows["transform/latents_added"]["si_sdr"]["mean"] == pytest.approx(float(np.mean(expected)), abs=0.01)
+        mixture, (a, b) = item["mixture"], item["sources"].astype(float)
+        masked = mixture * np.cbrt(a**6 / (a**6 + b**6 + 1e-30))
+        for row, estimate, reference in (
+            ("latents_added", np.cbrt(a**3 + b**3), mixture), ("ideal_mask", masked, a),
+        ):  # fmt: skip
+            expected[row].append(float(si_sdr(torch.from_numpy(estimate), torch.from_numpy(reference))))
+    for row, values in expected.items():
+        assert rows[f"transform/{row}"]["si_sdr"]["mean"] == pytest.approx(np.mean(values), abs=0.01)
     assert rows["transform/unquantised"]["si_sdr"]["mean"] > 60
 
 
@@ -2596,6 +2602,7 @@ def test_k_means_comes_as_near_as_another_and_the_entries_then_follow_the_latent
     books = train_codec.Codebooks(codec)
     spread = torch.linspace(2, 0.1, 160)
 
+    @torch.no_grad()
     def error(latents):
         return float((codec.quantizer(latents.T[None], 1)[0][0].T - latents).square().sum(1).mean())
 

@@ -4,7 +4,8 @@
     python -m recipes.codec_scores --data set --codecs runs/codec/codec.pth --out results/codecs_mixtures
 
 Of a folder of speakers one utterance each, of a fixed set the mixtures, the first 8 s at 8 kHz: a codec of another rate
-is scored below 4 kHz. Of mixtures there is one row more, `latents_added`: the sum of the sources' latents, decoded.
+is scored below 4 kHz. Of mixtures there are two rows more: `latents_added`, the sum of the sources' latents, decoded;
+`ideal_mask`, the first source from the mixture's latents, masked by the power ratio of the sources' latents.
 """
 
 import json
@@ -50,11 +51,15 @@ def transmitted(wav: np.ndarray, codec: Codec, n_codebooks: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def added(sources: np.ndarray, codec: Codec) -> np.ndarray:
-    """The sum of the latents of sources [S, T], each as loud as in their sum, decoded; [T]."""
-    sources = torch.from_numpy(sources).to(codec.device)
-    gain = codec.gain(sources.sum(0))
-    return (codec.decode(codec.encode(sources * gain).sum(0)[None], sources.shape[1]) / gain)[0].cpu().numpy()
+def added(mixture: np.ndarray, sources: np.ndarray, codec: Codec, mask: bool) -> np.ndarray:
+    """The sum of the latents of sources [S, T], each as loud as in the mixture [T], decoded; or its latents, masked."""
+    mixture, sources = (torch.from_numpy(signal).to(codec.device) for signal in (mixture, sources))
+    gain = codec.gain(mixture)
+    latents = codec.encode(sources * gain)
+    power = latents.square()
+    masked = codec.encode(mixture[None] * gain)[0] * power[0] / (power.sum(0) + 1e-8)
+    chosen = masked if mask else latents.sum(0)
+    return (codec.decode(chosen[None], len(mixture)) / gain)[0].cpu().numpy()
 
 
 def read_signals(data):
@@ -84,15 +89,16 @@ def main() -> None:
             row = f"{name}/{kbit:g}" if n else f"{name}/unquantised"
             systems[row] = lambda wav, sources, codec=codec, n=n: transmitted(wav, codec, n)
         if signals[0][1] is not None:
-            systems[f"{name}/latents_added"] = lambda wav, sources, codec=codec: added(sources, codec)
+            for row, mask in (("latents_added", False), ("ideal_mask", True)):
+                systems[f"{name}/{row}"] = lambda *signal, codec=codec, mask=mask: added(*signal, codec, mask)
     if shutil.which("opusenc"):
         systems |= {f"opus/{kbit}": lambda wav, sources, kbit=kbit: opus(wav, kbit) for kbit in (6, 9)}
     scores = {name: {metric: [] for metric in METRICS} for name in systems}
     for wav, sources in tqdm(signals, desc="scoring", unit="signal"):
         for name, system in systems.items():
-            decoded = system(wav, sources)
+            decoded, reference = system(wav, sources), sources[0] if name.endswith("ideal_mask") else wav
             for metric in METRICS:
-                scores[name][metric].append(score(metric, decoded, wav, RATE))
+                scores[name][metric].append(score(metric, decoded, reference, RATE))
     rows = {}
     print("codec, kbit/s".ljust(36) + "SI-SDR dB".rjust(14) + "PESQ".rjust(14) + "STOI".rjust(14))
     for name, columns in scores.items():

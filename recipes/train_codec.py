@@ -9,8 +9,8 @@ What is unusual:
 - Every step trains two paths through one decoder: some examples pass the RVQ, the others its unquantised latents,
   which is what a separator works on. The first are pulled towards the spectrum, which is what one hears of so few
   bits, the others towards the waveform, whose SI-SDR is the ceiling of separation.
-- Of the latter, a share is decoded from the sum of two examples' latents and compared with the sum of the waveforms: a
-  separator's masks are the easier to learn the more nearly the latents of a mixture are the sum of its voices'.
+- Some of the latter are decoded from the sum of two examples' latents, to be the sum of their waveforms, or, through an
+  ideal ratio mask, one of them: what masks need is that latents add, and that each is mostly of one voice.
 - The network starts transparent (see `start_transparent`) and learns what few bits can carry.
 - The RVQ starts by k-means on the latents of a network trained without it. Its entries then are running means of
   the latents that choose them: the same aim as a codebook loss under Adam, reached several times sooner.
@@ -35,7 +35,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import choose_device, mixed_precision, run_program
+from checkpoint import choose_device, make_folder, mixed_precision, run_program
 from dac_wrapper import LEVEL, Codec, CodecError, load_file
 from data import Parser, SpeakerMixtures
 from evaluate import score
@@ -60,6 +60,7 @@ SI_SDR = 0.05  # weight a dB, of the examples that bypass the RVQ
 MEL, COMMITMENT = 1.0, 0.25
 DECAY, DEAD = 0.99, 0.05  # of an entry's running means; latents a step below which it starts again
 FLOOR = 1e-5  # a mel band's power, about 35 dB below that of loud speech
+RESUMED = ("counts", "sums", "step", "minutes", "unquantised")  # of last.pt, beside weights and optimizer
 FFTS = {64: 10, 128: 20, 256: 40, 512: 80, 1024: 80}  # window in samples: mel bands
 
 
@@ -90,8 +91,8 @@ class LogMel(nn.Module):
 
 
 @torch.no_grad()
-def start_transparent(codec: SoundStream) -> None:
-    """Sets a network up that is not causal to pass waveforms through, which else takes longer to learn than the rest.
+def start_transparent(codec: SoundStream) -> SoundStream:
+    """Sets up a network that is not causal to pass waveforms through, which else takes longer to learn than the rest.
 
     Each layer starts as an orthogonal matrix from the samples it sees to as many channels, its mirror in the decoder as
     the transpose. Channels come in pairs of opposite sign, which leaky ReLUs leave linear ("looks linear", Balduzzi et
@@ -131,6 +132,7 @@ def start_transparent(codec: SoundStream) -> None:
     set_pairs(last.weight[:, :, 0, last.ends[0] :], matrix, paired_out=False)
     # Its transpose: this frame from the latents of the last one and its own.
     set_pairs(entry.weight[:, :, 0, entry.ends[0] - 1 :], matrix.transpose(0, 1).flip(2), paired_in=False)
+    return codec
 
 
 def set_pairs(weight, matrix, paired_out=True, paired_in=True) -> None:
@@ -242,10 +244,8 @@ def train(
     examples = Examples(SpeakerMixtures(data, RATE, SECONDS, 10**9, seed, speeds=SPEEDS), batch_size, mixtures)
     utterances = [torch.from_numpy(wav[: 4 * RATE]) for wav, _ in itertools.islice(read_signals(valid), 10)]
     torch.manual_seed(seed)
-    codec, log_mel = load_small(init) if init else SoundStream(SHAPE), LogMel().to(device)
+    codec, log_mel = load_small(init) if init else start_transparent(SoundStream(SHAPE)), LogMel().to(device)
     unquantised = 0 if init else UNQUANTISED_STEPS
-    if not init:
-        start_transparent(codec)
     codec.to(device).quantizer.requires_grad_(False)  # its codebooks follow the latents instead
     books = Codebooks(codec)
     weights = [p for p in codec.parameters() if p.requires_grad]
@@ -255,10 +255,8 @@ def train(
         state = torch.load(out / "last.pt", map_location=device, weights_only=True)
         codec.load_state_dict(state["codec"])
         optimizer.load_state_dict(state["optimizer"])
-        books.counts, books.sums, step, spent, unquantised = (
-            state[name] for name in ("counts", "sums", "step", "minutes", "unquantised")
-        )
-    out.mkdir(parents=True, exist_ok=True)
+        books.counts, books.sums, step, spent, unquantised = (state[name] for name in RESUMED)
+    make_folder(out)
     half = mixed_precision(device)
     encode, decode = (
         torch.autocast(device.type, half, enabled=half is not None)(torch.compile(part) if compile else part)
@@ -275,8 +273,8 @@ def train(
         total = spent + (time.monotonic() - start) / 60
         over = max(step / steps, total / minutes)
         if over >= 1 or time.monotonic() - saved > 60 * every:
-            state = {"codec": codec.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "minutes": total}
-            state |= {"counts": books.counts, "sums": books.sums, "unquantised": unquantised}
+            state = dict(zip(RESUMED, (books.counts, books.sums, step, total, unquantised)))
+            state |= {"codec": codec.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, out / "last.part")
             os.replace(out / "last.part", out / "last.pt")
             save_soundstream(copy.deepcopy(codec).half(), out / "codec.pth")
@@ -303,8 +301,11 @@ def train(
         passes = (torch.rand(batch_size) < QUANTISED * quantising).to(device)  # which examples pass the RVQ
         straight_through = latents + (quantised - latents).detach()
         adds = (~passes & (torch.rand(batch_size) < sums).to(device))[:, None, None]  # and which have company
-        given = torch.where(passes[:, None, None], straight_through, latents + adds * latents.roll(1, 0))
-        decoded, target = decode(given).float()[:, 0], (wav + adds * wav.roll(1, 0))[:, 0]
+        masks = adds & (torch.rand(batch_size) < 0.5).to(device)[:, None, None]  # from which they are masked out
+        other, power = latents.roll(1, 0), latents.square()
+        given = torch.where(passes[:, None, None], straight_through, latents + adds * other)
+        given = given * torch.where(masks, power / (power + other.square() + 1e-8), 1)
+        decoded, target = decode(given).float()[:, 0], (wav + (adds & ~masks) * wav.roll(1, 0))[:, 0]
         mel, sdr = log_mel(decoded, target), si_sdr(decoded, target)
         commitment = (latents - quantised).square().mean((1, 2)) / latents.detach().var()
         loss = MEL * mel - SI_SDR * ~passes * sdr + COMMITMENT * commitment
@@ -315,8 +316,7 @@ def train(
         if quantising:
             books.follow(latents, codes)
         step, seen = step + 1, seen + 1
-        for name, value in (("mel", mel), ("sdr", sdr), ("commitment", commitment)):
-            totals[name] = totals[name] + value.detach().mean()
+        totals = {name: totals[name] + x.detach().mean() for name, x in zip(totals, (mel, sdr, commitment))}
 
 
 def main() -> None:
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10**6, help="after which the run ends")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which it ends, if that is sooner")
     parser.add_argument("--mixtures", type=float, default=0.2, help="share of the examples that are of two voices")
-    parser.add_argument("--sums", type=float, default=0.5, help="share of the unquantised ones decoded from a sum")
+    parser.add_argument("--sums", type=float, default=0.6, help="share of the unquantised ones decoded from a sum")
     parser.add_argument("--batch_size", type=int, default=16, help="examples a step")
     parser.add_argument("--workers", type=int, default=1, help="processes that make examples")
     parser.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
