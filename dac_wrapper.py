@@ -151,6 +151,7 @@ def load_transform() -> tuple[nn.Module, dict]:
 # What --codec knows: for each name a function that returns a bare network and its weights, the same every time, a dict
 # of tensors whose fingerprint tells codecs apart whatever their files are called.
 CODECS = {
+    "bundled": lambda: load_file(ASSETS / "codec.pth"),  # a small SoundStream of recipes/train_codec.py
     "transform": load_transform,  # a Fourier transform, no neural codec
     "lyra": load_lyra,
     "dac_16khz": lambda: load_official("0.0.5/weights_16khz.pth", "weights_16khz_8kbps_0.0.5.pth"),

@@ -363,6 +363,27 @@ def test_the_transform_has_no_lag_is_transparent_and_has_the_documented_facts(co
     assert latents.abs().max(1).values.argmax() == 20 and latents[20].argmax() == 6
 
 
+def test_the_bundled_codec_is_small_and_codes_strangers_better_than_the_transform(codec):
+    """Issue 12's bars: size, rate, MACs; PESQ and STOI at 6 kbit/s; and the ceiling that it sets separation."""
+    learned = Codec.load("bundled")
+    network = learned.network
+    assert (learned.sample_rate, learned.frame_rate, learned.lag) == (8000, 50, 0) and learned.bitrate <= 6000
+    assert sum(p.numel() for p in network.parameters()) <= 5e6
+    macs = cost.count_macs(network.encoder, 1, 1, 8000) + cost.count_macs(network.decoder, 1, network.latent_dim, 50)
+    assert macs <= 0.6
+    mixtures = FixedMixtures(ASSETS / "test_mixtures", 8000)
+    wav = torch.from_numpy(np.stack([mixtures[index]["sources"][0] for index in range(0, 48, 6)]))
+    scores = {}
+    for name, c, quantize in (("learned", learned, True), ("transform", codec, True), ("ceiling", learned, False)):
+        decoded = c.transmit(wav, quantize)
+        for metric in ("si_sdr", "pesq", "stoi"):
+            values = [evaluate.score(metric, d.numpy(), w.numpy(), 8000) for d, w in zip(decoded, wav)]
+            scores[name, metric] = np.mean(values)
+    assert scores["learned", "pesq"] > scores["transform", "pesq"] + 0.2
+    assert scores["learned", "stoi"] > scores["transform", "stoi"] + 0.1
+    assert scores["ceiling", "si_sdr"] > 12
+
+
 def delayed(planted):
     """The transform with a decoder whose output comes `planted` samples late, as trained weights can make it."""
     network, _ = CODECS["transform"]()
@@ -2545,7 +2566,7 @@ def test_no_committed_file_holds_a_path_of_the_machine_it_was_made_on():
             yield value
 
     files = [*ASSETS.rglob("*.json"), *ASSETS.rglob("*.jsonl"), *ASSETS.rglob("*.csv"), *ASSETS.rglob("*.pt*")]
-    assert {"results.json", "separator.pt", "transform_codebooks.pth"} <= {path.name for path in files}
+    assert {"results.json", "separator.pt", "codec.pth", "transform_codebooks.pth"} <= {path.name for path in files}
     for path in files:
         content = torch.load(path, weights_only=True) if ".pt" in path.suffix else path.read_text().splitlines()
         for text in strings(content):
