@@ -344,4 +344,4 @@ class RunFolder:
         """Without what only resuming needs, in half precision."""
         if self.writes:
             needed = {k: v for k, v in state.items() if k not in ("optimizer", "scheduler", "scaler")}
-            save(self.path / "best.pt", {**needed, "model": {k: v.half() for k, v in state["model"].items()}})
+            save(self.path / "best.pt", {**needed, "model": {k: v.half().cpu() for k, v in state["model"].items()}})
