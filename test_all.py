@@ -2146,26 +2146,26 @@ def test_costs_are_counted_and_timed_as_they_are():
 
 
 @pytest.mark.parametrize(
-    "name, results",
+    "name, results, least",
     [
-        ("separator", "results"),
-        ("separator_bundled", "bundled_results"),
-        pytest.param("separator_lyra", "lyra_results", marks=needs_lyra),
+        ("separator", "results", 2),
+        ("separator_bundled", "bundled_results", 1),
+        pytest.param("separator_lyra", "lyra_results", 1, marks=needs_lyra),
     ],
 )
-def test_bundled_weights_separate_speakers_never_trained_on(name, results, monkeypatch):
-    """The table of the README, on every sixth mixture: as many decibels as it says, within its interval."""
+def test_bundled_weights_separate_speakers_never_trained_on(name, results, least, monkeypatch):
+    """The table of the README, on every fourth mixture: as many decibels as it says, within its interval."""
     monkeypatch.setitem(CODECS, "lyra", lambda: load_lyra(LYRA))
     stated = json.loads((ASSETS / "results" / f"{results}.json").read_text())["rows"]["codecformer"]["si_sdr_i"]
     model, codec, _ = load_separator(ASSETS / f"{name}.pt", "cpu")
     mixtures, gains = FixedMixtures(ASSETS / "test_mixtures", codec.sample_rate), []
-    for index in range(0, len(mixtures), 6):
+    for index in range(0, len(mixtures), 4):
         signals, _ = evaluate.make_rows({"codecformer": (model, False, False)}, codec, mixtures[index], False)
         reached, before = (si_sdr(*map(torch.from_numpy, (signals[row], mixtures[index]["sources"])))
                            for row in ("codecformer", "mixture"))  # fmt: skip
         gains.append((reached - before).mean().item())
     assert len(mixtures) == 48 and np.mean(gains) == pytest.approx(stated["mean"], abs=2 * stated["ci95"])
-    assert np.mean(gains) > 1
+    assert np.mean(gains) > least
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def call(*command, log: Path | None = None) -> None:
     with open(log, "a") if log else contextlib.nullcontext() as file:
         words = [sys.executable, *map(str, command)]
         if status := subprocess.run(words, stdout=file, stderr=file).returncode:
-            last = log.read_text().strip().rpartition("\n")[2] if log else "see above"
-            raise SettingsError(f"{' '.join(words[1:3])} ended with status {status}: {last}" + f" ({log})" * bool(log))
+            why = log.read_text().strip().rpartition("\n")[2] + f" ({log})" if log else "see above"
+            raise SettingsError(f"{' '.join(words[1:3])} ended with status {status}: {why}")
 
 
 def run(data, valid, minutes: float, codec: str | None, score, out: Path) -> None:
