@@ -2541,12 +2541,13 @@ def test_claims_are_trained_scored_and_tabled_and_not_made_twice(tmp_path, monke
     monkeypatch.setattr(claims, "BY_MIXTURES", three)
     monkeypatch.setattr(claims, "TWICE", ())
     arguments = ["--codec", "transform", "--data", SPEECH, "--valid", valid, "--score", valid, "--noise", SPEECH]
-    arguments += ["--out", tmp_path / "claims", "--minutes", 60]
+    arguments += ["--minutes", 60, "--mixtures", 12]
+    fresh, pooled = ([*arguments, "--out", tmp_path / name] for name in ("claims", "pooled"))
     monkeypatch.chdir(HERE)
-    program("recipes.claims", monkeypatch, *arguments)
+    program("recipes.claims", monkeypatch, *fresh)
     rows = json.loads((tmp_path / "claims" / "claims.json").read_text())["rows"]
     assert list(rows) == ["time/si_sdr/0", "time/sepformer/0", "base/0", "harder/three_speakers/0"]
-    assert {row["mixtures"] for row in rows.values()} == {4}
+    assert [row["mixtures"] for row in rows.values()] == [4, 4, 12, 12]
     for run, row in rows.items():
         scored = json.loads((tmp_path / "claims" / "scores" / run / "results.json").read_text())
         assert scored["n_speakers"] == 2 + ("three" in run) and scored["n_mixtures"] == 2
@@ -2557,10 +2558,21 @@ def test_claims_are_trained_scored_and_tabled_and_not_made_twice(tmp_path, monke
     assert (tmp_path / "claims" / "claims.png").stat().st_size > 5000
 
     calls.clear()
-    program("recipes.claims", monkeypatch, *arguments, "--only", "harder/three")
+    program("recipes.claims", monkeypatch, *fresh, "--only", "harder/three")
     assert calls and not any(words[0] == "train.py" or "recipes.mix" in words for words in calls)
+
+    program("recipes.claims", monkeypatch, *pooled, "--only", "base", "harder", "--pool", 4)
+    trained = {}
+    for name in ("base", "harder/three_speakers"):
+        args = json.loads((tmp_path / "pooled" / name / "0" / "args.json").read_text())
+        trained[name] = args["data"], args["speeds"]
+    assert trained == {
+        "base": (str(tmp_path / "pooled" / "pool-latents"), [100]), "harder/three_speakers": (str(SPEECH), [100])
+    }  # fmt: skip
     with pytest.raises(SettingsError, match="no run is called activation/swish"):
-        program("recipes.claims", monkeypatch, *arguments, "--only", "activation/swish")
+        program("recipes.claims", monkeypatch, *fresh, "--only", "activation/swish")
+    with pytest.raises(SystemExit):
+        program("recipes.claims", monkeypatch, *fresh, "--mixtures", 2)
 
 
 def test_no_committed_file_holds_a_path_of_the_machine_it_was_made_on():

@@ -4,9 +4,11 @@
         --noise speech/noise --out runs/claims
 
 A run differs from `base` in the flags below alone. Those of BY_TIME all end after the same minutes, for which they
-should run side by side; all others after the same number of mixtures. A run that is there already is not made again,
-one that was interrupted goes on. `out` gets a folder a run, sets/ (mixtures of the voices in --score), scores/,
-situations/ (the paper's table, of the runs that were given the same time), claims.json, claims.md and claims.png.
+should run side by side; all others after the same number of mixtures. On a CPU encoding is two thirds of a step:
+with --pool they take random cuts of the latents of so many mixtures, encoded once, at no other speed than 100 %. A run
+that is there already is not made again, one that was interrupted goes on. `out` gets a folder a run, sets/ (mixtures of
+the voices in --score), scores/, situations/ (the paper's table, of the runs that were given the same time),
+claims.json, claims.md and claims.png.
 """
 
 import json
@@ -20,7 +22,7 @@ from recipes.gpu import call
 
 BASE = (
     "@config/gpu.txt --d_model 128 --n_layers 4 --n_heads 4 --d_ffn 512 --dropout 0 --seconds 2 --batch_size 16 "
-    "--epoch_size 16000 --epochs 3 --workers 1"
+    "--epoch_size 16000 --workers 1"
 ).split()
 SEPFORMER = (
     "@config/sepformer_wsj0_2mix.txt --n_layers 2 --d_model 128 --n_heads 4 --d_ffn 512 --lr 1e-3 --schedule cosine "
@@ -53,14 +55,31 @@ COLUMNS = {"si_sdr_i": "SI-SDRi", "csi_sdr_i": "cSI-SDRi", "pesq": "PESQ", "stoi
 
 def flags_of(args) -> dict[str, list]:
     """{run: the flags of its training}, of the runs asked for."""
-    common = ["--data", args.data, "--valid", args.valid, "--codec", args.codec]
-    runs = {f"{run}/0": [*flags, "--minutes", args.minutes, "--epochs", 10**4] for run, flags in BY_TIME.items()}
+    fresh = ["--data", args.data]
+    by_time = [*fresh, "--minutes", args.minutes, "--epochs", 10**4]
+    runs = {f"{run}/0": [*flags, *by_time] for run, flags in BY_TIME.items()}
+    steps, pool = ["--epoch_size", args.mixtures // 3, "--epochs", 3], args.out / "pool-latents"
     for run, flags in BY_MIXTURES.items():
-        runs |= {f"{run}/{seed}": [*BASE, *flags, "--seed", seed] for seed in range(1 + (run in TWICE))}
+        # The pool is of two speakers without noise: other mixtures are made afresh, at the pool's one speed.
+        data = ["--data", pool] if args.pool and not run.startswith("harder") else fresh
+        made = [*steps, *data, *(["--speeds", 100] if args.pool else [])]
+        runs |= {f"{run}/{seed}": [*BASE, *made, *flags, "--seed", seed] for seed in range(1 + (run in TWICE))}
     if unknown := [name for name in args.only if not any(run.startswith(name) for run in runs)]:
         raise SettingsError(f"no run is called {unknown[0]}: choose of {', '.join(runs)}")
     chosen = {run: flags for run, flags in runs.items() if not args.only or run.startswith(tuple(args.only))}
-    return {r: [args.noise if f == "NOISE" else f for f in flags] + common for r, flags in chosen.items()}
+    common = ["--valid", args.valid, "--codec", args.codec]
+    return {run: [*(args.noise if f == "NOISE" else f for f in flags), *common] for run, flags in chosen.items()}
+
+
+def encode(args) -> None:
+    """Makes the pool of latents, if it isn't there. Raises SettingsError."""
+    pool = args.out / "pool"
+    if not pool.exists():
+        flags = ["--speech", args.data, "--n", args.pool, "--seed", 2]
+        call("-m", "recipes.mix", *flags, "--out", pool, log=args.out / "pool.log")
+    if not (args.out / "pool-latents").exists():
+        flags = ["--data", pool, "--codec", args.codec, "--out", args.out / "pool-latents"]
+        call("-m", "recipes.latents", *flags, log=args.out / "pool.log")
 
 
 def train(runs: dict, out: Path, parallel: int) -> None:
@@ -112,13 +131,19 @@ def main() -> None:
     parser.add_argument("--score", required=True, help="folder of yet others, to score on")
     parser.add_argument("--noise", required=True, help="folder of noise")
     parser.add_argument("--only", nargs="*", default=[], help="runs whose names start so")
+    parser.add_argument("--mixtures", type=int, default=48000, help="of the runs that are compared by mixtures")
+    parser.add_argument("--pool", type=int, default=0, help="mixtures of 4 s whose latents these share; 0: all fresh")
     parser.add_argument("--minutes", type=float, default=120.0, help="of the runs that are compared by time")
     parser.add_argument("--parallel", type=int, default=1, help="trainings at a time")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.mixtures < 3 or args.pool < 0:
+        parser.error("--mixtures is at least 3, one for each epoch, and --pool at least 0")
     out, runs = args.out, flags_of(args)
     make_folder(out)
 
+    if args.pool:
+        encode(args)
     train(runs, out, args.parallel)
     rows = score(runs, out, args.score, args.noise)
     (out / "claims.json").write_text(json.dumps({"codec": args.codec, "rows": rows}, indent=1) + "\n")
