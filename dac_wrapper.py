@@ -183,8 +183,8 @@ class Codec:
     """A frozen bare network between waveforms [..., T] at `sample_rate` and latents [..., D, F], whatever is in front.
 
     Facts: sample_rate (of the data), codec_rate (the network's), frame_rate (latents per second), latent_dim (D),
-    n_codebooks, bitrate (bits per second, all codebooks), lag (samples at codec_rate by which the bare network is
-    late; already removed), name and fingerprint (of the weights), device.
+    n_codebooks (in use, the network's first), bitrate (theirs, bits per second), lag (samples at codec_rate by which
+    the bare network is late; already removed), name and fingerprint (of the weights), device.
     """
 
     def __init__(self, network: nn.Module, sample_rate: int, name: str = "", fingerprint: str = "", device="cpu"):
@@ -199,6 +199,12 @@ class Codec:
         self.bitrate = self.n_codebooks * math.log2(network.codebook_size) * self.frame_rate
         self.lag = 0
         self.lag = self._measure_lag()
+
+    def use_codebooks(self, n: int) -> None:
+        """Lowers the rate: the RVQ's first n codebooks stand for all from now on. Raises CodecError."""
+        if not 1 <= n <= self.n_codebooks:
+            raise CodecError(f"{n} codebooks asked for, {self.name} has 1 to {self.n_codebooks}")
+        self.bitrate, self.n_codebooks = self.bitrate * n / self.n_codebooks, n
 
     @classmethod
     def load(cls, name: str = "transform", sample_rate: int = 8000, device="cpu") -> "Codec":

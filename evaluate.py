@@ -187,6 +187,8 @@ def evaluate(args) -> None:
     on_latents = [path for path, (model, *_) in zip(checkpoints, models.values()) if model.on_latents] or args.ckpt
     first = checkpoints[on_latents[0]]
     codec = Codec.load(args.codec or first["codec"]["name"], first["sample_rate"], device)
+    if args.n_codebooks is not None:
+        codec.use_codebooks(args.n_codebooks)
     for path in on_latents:
         check_codec(checkpoints[path], path, codec)
     dataset = FixedMixtures(args.data, codec.sample_rate, mix_folder=args.mix_folder)
@@ -197,7 +199,8 @@ def evaluate(args) -> None:
             raise SettingsError(f"{path} separates {made_for[0]} speakers at {made_for[1]} Hz, {here}: give a pair")
 
     # The same checkpoints, set and flags share a folder; anything else has another.
-    digest = hashlib.blake2b(json.dumps([args.situations, codec.fingerprint, *dataset.folders], default=str).encode())
+    facts = [args.situations, codec.fingerprint, codec.bitrate, *dataset.folders]
+    digest = hashlib.blake2b(json.dumps(facts, default=str).encode())
     for path in args.ckpt:
         digest.update(Path(path).read_bytes())
     for path in dataset.files:
@@ -240,6 +243,7 @@ def main() -> None:
     parser = Parser(description="Scores checkpoints on a set of mixtures.")
     parser.add_argument("--ckpt", nargs="+", default=[str(ASSETS / "separator.pt")], help="of train.py")
     parser.add_argument("--codec", help="where the checkpoint's codec lies now, if it has moved")
+    parser.add_argument("--n_codebooks", type=int, help="transmit with the RVQ's first ones only, at a lower rate")
     parser.add_argument("--data", default=str(ASSETS / "test_mixtures"), help="folder with mix or mix_clean, s1, s2")
     parser.add_argument("--mix_folder", choices=MIX_FOLDERS, help="of the set, where it has several")
     parser.add_argument("--situations", action="store_true", help="the paper's table, for one or several --ckpt")

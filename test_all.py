@@ -486,6 +486,10 @@ def test_wrapper_agrees_with_the_dac_package(official_file):
     codec.lag = 0
     assert torch.allclose(codec.decode(reference, 3200)[:, :3192], out, atol=1e-5)
     assert codec.bitrate == 3 * 5 * 50
+    codec.use_codebooks(2)
+    assert codec.bitrate == 2 * 5 * 50 and torch.allclose(codec.quantize(latents), few, atol=1e-5)
+    with pytest.raises(CodecError, match="3 codebooks asked for, .* has 1 to 2"):
+        codec.use_codebooks(3)
 
 
 def test_codec_is_frozen_but_differentiable_and_weight_norm_is_folded(codec, speech):
@@ -2137,6 +2141,14 @@ def test_one_command_prints_the_papers_table(trained, small_set, tmp_path, monke
     clean, latents = (rows[f"codecformer/{place}/none"]["si_sdr_i"]["mean"] for place in ("clean", "latents"))
     assert clean == pytest.approx(latents) and "sepformer/latents/before+after" in rows
 
+    flags = ["--situations", "--ckpt", ckpts[0], "--data", small_set, "--out", tmp_path / "low", "--n_codebooks", 2]
+    program("evaluate", monkeypatch, *flags)
+    low = json.loads((tmp_path / "low" / "results.json").read_text())
+    assert low["codec"]["bitrate"] == 1000  # of the transform's 12 codebooks at 6 kbit/s
+    transmitted = [r["ceiling/transmitted"]["si_sdr_i"]["mean"] for r in (low["rows"], rows)]
+    unquantised = [r["codecformer/latents/none"]["si_sdr_i"]["mean"] for r in (low["rows"], rows)]
+    assert transmitted[0] < transmitted[1] - 1 and unquantised[0] == pytest.approx(unquantised[1])
+
 
 def test_costs_are_counted_and_timed_as_they_are():
     assert cost.count_macs(nn.Conv1d(3, 5, 7, bias=False), 1, 3, 106) == pytest.approx(3 * 5 * 7 * 100 / 1e9)
@@ -2433,6 +2445,7 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         ("train", ["--epoch_size", "4", "--batch_size", "8", *out], "less than one update"),
         ("evaluate", ["--situations", "--ckpt", tmp_path / "none.pt"], "no checkpoint"),
         ("evaluate", ["--ckpt", "a", "b"], "compared with --situations"),
+        ("evaluate", ["--n_codebooks", 13], "13 codebooks asked for, transform has 1 to 12"),
         ("evaluate", [*best, "--out", blocked / "y"], "can't write"),
         ("separate", [tmp_path / "none.wav", *best, "--out", tmp_path / "z"], "is no file"),
         ("recipes.mix", ["--speech", SPEECH / "carlo", *out], "at least 2 are needed"),
