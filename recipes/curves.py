@@ -17,6 +17,7 @@ def draw(folders: dict, out) -> None:
     """Reads steps.csv and log.csv of folders by their labels. Raises SettingsError where that or drawing fails."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
+    trained = []  # validation after the first epoch and later
     try:
         warnings.filterwarnings("ignore", "genfromtxt: Empty input")  # before the first update
         for label, folder in folders.items():
@@ -29,9 +30,12 @@ def draw(folders: dict, out) -> None:
                 smooth = np.convolve(steps["loss"], np.ones(window) / window, "valid")
                 left.plot(steps["step"][window - 1 :], smooth, linewidth=1)
             right.plot(epochs["seconds"] / 3600, epochs["valid_si_sdr_i"], "o-", label=label)
+            trained += epochs["valid_si_sdr_i"][1:].tolist()
         left.set(xlabel="update", ylabel="training loss, each run's own, dB")
         right.set(xlabel="hours", ylabel="validation SI-SDRi, dB")
         right.legend()
+        if trained := [value for value in trained if np.isfinite(value)]:
+            right.set_ylim(bottom=min(trained) - 0.5)  # an untrained separator's -15 dB would squeeze the rest
         figure.savefig(out, dpi=80)
     except OSError as error:
         raise SettingsError(f"can't draw the curves of {folder} ({error}): give folders of train.py") from None
