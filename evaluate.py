@@ -199,8 +199,8 @@ def evaluate(args) -> None:
             raise SettingsError(f"{path} separates {made_for[0]} speakers at {made_for[1]} Hz, {here}: give a pair")
 
     # The same checkpoints, set and flags share a folder; anything else has another.
-    facts = [args.situations, codec.fingerprint, codec.bitrate, *dataset.folders]
-    digest = hashlib.blake2b(json.dumps(facts, default=str).encode())
+    identity = [args.situations, codec.fingerprint, codec.bitrate, *dataset.folders]
+    digest = hashlib.blake2b(json.dumps(identity, default=str).encode())
     for path in args.ckpt:
         digest.update(Path(path).read_bytes())
     for path in dataset.files:

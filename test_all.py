@@ -2571,7 +2571,7 @@ def test_claims_are_trained_scored_and_tabled_and_not_made_twice(tmp_path, monke
     assert (tmp_path / "claims" / "claims.png").stat().st_size > 5000
 
     calls.clear()
-    program("recipes.claims", monkeypatch, *fresh, "--only", "harder/three")
+    program("recipes.claims", monkeypatch, *fresh, "--only", "harder/three", "--pool", 4)  # which takes no pool
     assert calls and not any(words[0] == "train.py" or "recipes.mix" in words for words in calls)
 
     program("recipes.claims", monkeypatch, *pooled, "--only", "base", "harder", "--pool", 4)

@@ -50,6 +50,7 @@ BY_MIXTURES = {
 }
 TWICE = ("base", "activation/relu")  # with two seeds
 N_SCORED = 96  # mixtures
+LATENTS = "pool-latents"  # in --out
 COLUMNS = {"si_sdr_i": "SI-SDRi", "csi_sdr_i": "cSI-SDRi", "pesq": "PESQ", "stoi": "STOI"}
 
 
@@ -58,7 +59,7 @@ def flags_of(args) -> dict[str, list]:
     fresh = ["--data", args.data]
     by_time = [*fresh, "--minutes", args.minutes, "--epochs", 10**4]
     runs = {f"{run}/0": [*flags, *by_time] for run, flags in BY_TIME.items()}
-    steps, pool = ["--epoch_size", args.mixtures // 3, "--epochs", 3], args.out / "pool-latents"
+    steps, pool = ["--epoch_size", args.mixtures // 3, "--epochs", 3], args.out / LATENTS
     for run, flags in BY_MIXTURES.items():
         # The pool is of two speakers without noise: other mixtures are made afresh, at the pool's one speed.
         data = ["--data", pool] if args.pool and not run.startswith("harder") else fresh
@@ -71,15 +72,10 @@ def flags_of(args) -> dict[str, list]:
     return {run: [*(args.noise if f == "NOISE" else f for f in flags), *common] for run, flags in chosen.items()}
 
 
-def encode(args) -> None:
-    """Makes the pool of latents, if it isn't there. Raises SettingsError."""
-    pool = args.out / "pool"
-    if not pool.exists():
-        flags = ["--speech", args.data, "--n", args.pool, "--seed", 2]
-        call("-m", "recipes.mix", *flags, "--out", pool, log=args.out / "pool.log")
-    if not (args.out / "pool-latents").exists():
-        flags = ["--data", pool, "--codec", args.codec, "--out", args.out / "pool-latents"]
-        call("-m", "recipes.latents", *flags, log=args.out / "pool.log")
+def make(folder: Path, *command, log: Path) -> None:
+    """Calls the recipe that writes `folder`, unless that is there already. Raises SettingsError."""
+    if not folder.exists():
+        call("-m", *command, "--out", folder, log=log)
 
 
 def train(runs: dict, out: Path, parallel: int) -> None:
@@ -104,9 +100,8 @@ def score(runs: dict, out: Path, speech: str, noise: str) -> dict[str, dict]:
     for run in runs:
         kind, scores = run.rpartition("/")[0], out / "scores" / run
         kind = kind if kind in kinds else "two"
-        if not sets[kind].exists():
-            made = ["-m", "recipes.mix", "--speech", speech, "--n", N_SCORED, "--seed", 1, *kinds[kind]]
-            call(*made, "--out", sets[kind], log=out / "sets.log")
+        flags = ["--speech", speech, "--n", N_SCORED, "--seed", 1, *kinds[kind]]
+        make(sets[kind], "recipes.mix", *flags, log=out / "sets.log")
         flags = ["--data", sets[kind], "--out", scores]
         call("evaluate.py", "--ckpt", out / run / "best.pt", *flags, log=out / "scores.log")
         results = json.loads((scores / "results.json").read_text())
@@ -142,8 +137,10 @@ def main() -> None:
     out, runs = args.out, flags_of(args)
     make_folder(out)
 
-    if args.pool:
-        encode(args)
+    if any(out / LATENTS in flags for flags in runs.values()):
+        pool, log = out / "pool", out / "pool.log"
+        make(pool, "recipes.mix", "--speech", args.data, "--n", args.pool, "--seed", 2, log=log)
+        make(out / LATENTS, "recipes.latents", "--data", pool, "--codec", args.codec, log=log)
     train(runs, out, args.parallel)
     rows = score(runs, out, args.score, args.noise)
     (out / "claims.json").write_text(json.dumps({"codec": args.codec, "rows": rows}, indent=1) + "\n")

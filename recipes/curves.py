@@ -30,11 +30,11 @@ def draw(folders: dict, out) -> None:
                 smooth = np.convolve(steps["loss"], np.ones(window) / window, "valid")
                 left.plot(steps["step"][window - 1 :], smooth, linewidth=1)
             right.plot(epochs["seconds"] / 3600, epochs["valid_si_sdr_i"], "o-", label=label)
-            trained += epochs["valid_si_sdr_i"][1:].tolist()
+            trained += [value for value in epochs["valid_si_sdr_i"][1:] if np.isfinite(value)]
         left.set(xlabel="update", ylabel="training loss, each run's own, dB")
         right.set(xlabel="hours", ylabel="validation SI-SDRi, dB")
         right.legend()
-        if trained := [value for value in trained if np.isfinite(value)]:
+        if trained:
             right.set_ylim(bottom=min(trained) - 0.5)  # an untrained separator's -15 dB would squeeze the rest
         figure.savefig(out, dpi=80)
     except OSError as error:
