@@ -183,7 +183,7 @@ class Codec:
     """A frozen bare network between waveforms [..., T] at `sample_rate` and latents [..., D, F], whatever is in front.
 
     Facts: sample_rate (of the data), codec_rate (the network's), frame_rate (latents per second), latent_dim (D),
-    n_codebooks (in use, the network's first), bitrate (theirs, bits per second), lag (samples at codec_rate by which
+    n_codebooks (in use: the RVQ's first), bitrate (theirs, bits per second), lag (samples at codec_rate by which
     the bare network is late; already removed), name and fingerprint (of the weights), device.
     """
 
@@ -196,15 +196,18 @@ class Codec:
         self.sample_rate, self.codec_rate, self.hop = sample_rate, network.sample_rate, network.hop_length
         self.frame_rate = self.codec_rate / self.hop
         self.latent_dim, self.n_codebooks = network.latent_dim, network.n_codebooks
-        self.bitrate = self.n_codebooks * math.log2(network.codebook_size) * self.frame_rate
         self.lag = 0
         self.lag = self._measure_lag()
 
     def use_codebooks(self, n: int) -> None:
-        """Lowers the rate: the RVQ's first n codebooks stand for all from now on. Raises CodecError."""
-        if not 1 <= n <= self.n_codebooks:
-            raise CodecError(f"{n} codebooks asked for, {self.name} has 1 to {self.n_codebooks}")
-        self.bitrate, self.n_codebooks = self.bitrate * n / self.n_codebooks, n
+        """Sets the rate: `quantize` and `transmit` use the RVQ's first n codebooks from now on. Raises CodecError."""
+        if not 1 <= n <= self.network.n_codebooks:
+            raise CodecError(f"{n} codebooks asked for, {self.name} has 1 to {self.network.n_codebooks}")
+        self.n_codebooks = n
+
+    @property
+    def bitrate(self) -> float:
+        return self.n_codebooks * math.log2(self.network.codebook_size) * self.frame_rate
 
     @classmethod
     def load(cls, name: str = "transform", sample_rate: int = 8000, device="cpu") -> "Codec":
@@ -272,15 +275,9 @@ class Codec:
         latents = self._encode(self._resample(wav.flatten(0, -2), self.sample_rate, self.codec_rate))
         return latents.unflatten(0, wav.shape[:-1])
 
-    def quantize(self, latents: torch.Tensor, n_codebooks: int | None = None) -> torch.Tensor:
-        """Latents [..., D, F] through the RVQ and back, with its first `n_codebooks` (all by default).
-
-        Gradients pass straight through. Raises ValueError for a number of codebooks the codec doesn't have.
-        """
-        n_codebooks = self.n_codebooks if n_codebooks is None else n_codebooks
-        if not 1 <= n_codebooks <= self.n_codebooks:
-            raise ValueError(f"{n_codebooks} codebooks asked for, the codec has 1 to {self.n_codebooks}")
-        return self.network.quantize(latents.flatten(0, -3), n_codebooks).view_as(latents)
+    def quantize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [..., D, F] through the codebooks in use and back; gradients pass straight through."""
+        return self.network.quantize(latents.flatten(0, -3), self.n_codebooks).view_as(latents)
 
     def decode(self, latents: torch.Tensor, length: int) -> torch.Tensor:
         """Latents [..., D, F] -> [..., length] at `sample_rate`, in time with what was encoded; differentiable."""
@@ -288,12 +285,12 @@ class Codec:
         wav = self._resample(wav, self.codec_rate, self.sample_rate)
         return F.pad(wav, (0, length - wav.shape[-1])).unflatten(0, latents.shape[:-2])
 
-    def transmit(self, wav: torch.Tensor, quantize: bool = True, n_codebooks: int | None = None) -> torch.Tensor:
+    def transmit(self, wav: torch.Tensor, quantize: bool = True) -> torch.Tensor:
         """What a receiver hears: brought to level, encoded, quantised, decoded, level undone; [..., T] -> [..., T]."""
         gain = self.gain(wav)
         latents = self.encode(wav * gain)
         if quantize:
-            latents = self.quantize(latents, n_codebooks)
+            latents = self.quantize(latents)
         return self.decode(latents, wav.shape[-1]) / gain
 
     def _resample(self, wav: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:

@@ -46,8 +46,8 @@ def opus(wav: np.ndarray, kbit: int) -> np.ndarray:
 @torch.no_grad()
 def transmitted(wav: np.ndarray, codec: Codec, n_codebooks: int) -> np.ndarray:
     """[T] through a codec; 0 codebooks: unquantised."""
-    wav = torch.from_numpy(wav)[None].to(codec.device)
-    return codec.transmit(wav, n_codebooks > 0, n_codebooks or None)[0].cpu().numpy()
+    codec.use_codebooks(n_codebooks or codec.n_codebooks)
+    return codec.transmit(torch.from_numpy(wav)[None].to(codec.device), n_codebooks > 0)[0].cpu().numpy()
 
 
 @torch.no_grad()
@@ -85,8 +85,8 @@ def main() -> None:
     for name in args.codecs:
         codec = Codec.load(name, RATE, choose_device())
         for n in (0, *CODEBOOKS.get(name, (codec.n_codebooks,))):
-            kbit = codec.bitrate * n / codec.n_codebooks / 1000
-            row = f"{name}/{kbit:g}" if n else f"{name}/unquantised"
+            codec.use_codebooks(n or codec.n_codebooks)
+            row = f"{name}/{codec.bitrate / 1000:g}" if n else f"{name}/unquantised"
             systems[row] = lambda wav, sources, codec=codec, n=n: transmitted(wav, codec, n)
         if signals[0][1] is not None:
             for row, mask in (("latents_added", False), ("ideal_mask", True)):
