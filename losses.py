@@ -78,7 +78,7 @@ def crop(codec, latents, sources, position, frames: int) -> tuple[torch.Tensor, 
     The codec is most of a step with the waveform losses, and a part of a segment tells how good its latents are.
     """
     samples = codec.samples_per_frame
-    starts = (position * (max(latents.shape[-1] - frames, 0) + 1)).int().tolist()
+    starts = (position * (max(sources.shape[-1] // samples - frames, 0) + 1)).int().tolist()
     return (
         torch.stack([z[..., start : start + frames] for z, start in zip(latents, starts)]),
         torch.stack([s[..., start * samples : (start + frames) * samples] for s, start in zip(sources, starts)]),

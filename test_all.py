@@ -1011,10 +1011,11 @@ def test_a_late_codec_trains_on_crops_with_every_loss(planted, speech):
     late = Codec(delayed(planted), 8000)
     assert late.lag == planted
     model = Codecformer(CodecformerConfig(latent_dim=320, **TINY))
-    batch = {"mixture": speech.sum(0)[None], "sources": speech[None], "position": torch.tensor([0.5])}
+    sources = speech.expand(3, 2, -1)
+    batch = {"mixture": sources.sum(1), "sources": sources, "position": torch.tensor([0, 0.5, 0.999])}
     for loss in LOSSES:
         values = train.mixture_losses(model, True, late, batch, loss, seconds=0.5, margins=late.margins())
-        assert values.isfinite().all()
+        assert values.isfinite().all() and values.shape == (3,)
     # Perfect latents stay perfect: the crop is in time.
     sources = (speech * late.gain(speech.sum(0)))[None]
     margins = late.margins()
