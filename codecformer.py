@@ -201,10 +201,10 @@ def separate(model, codec, mixture, quantize_before: bool = False, quantize_afte
     """
     if situation == "transmitted" or (situation == "latents" and not model.on_latents):
         mixture = codec.transmit(mixture, quantize_before)
-    if not model.on_latents:
-        estimates = model(mixture)
-        return codec.transmit(estimates, quantize_after) if quantize_after or situation == "latents" else estimates
     gain = codec.gain(mixture)
+    if not model.on_latents:
+        estimates = model(mixture * gain) / gain[:, None]
+        return codec.transmit(estimates, quantize_after) if quantize_after or situation == "latents" else estimates
     before = quantize_before and situation != "transmitted"
     latents = estimate_latents(model, codec, codec.encode(mixture * gain), before, quantize_after)
     return codec.decode(latents, mixture.shape[-1]) / gain[:, None]

@@ -455,8 +455,14 @@ def test_an_unshifted_signal_scores_where_a_shifted_one_fails(speech):
 
 @pytest.mark.parametrize("factor", [1e-3, 0.05, 30.0])
 def test_level_in_equals_level_out(codec, speech, factor):
+    class Cubes(nn.Module):  # a separator on waveforms that depends on the level
+        on_latents = False
+
+        def forward(self, mixture):
+            return torch.stack([mixture, mixture**3], 1)
+
     model = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
-    for process in (codec.transmit, lambda wav: separate(model, codec, wav)):
+    for process in (codec.transmit, *(partial(separate, model, codec) for model in (model, Cubes()))):
         reference, scaled = process(speech), process(speech * factor)
         assert torch.allclose(scaled / factor, reference, atol=2e-3 * reference.abs().max().item())
     transmitted = codec.transmit(speech)
