@@ -181,8 +181,8 @@ def read_flags(argv, folder=Path()) -> list[str]:
             continue
         try:
             lines = path.read_text().splitlines()
-        except OSError as error:
-            raise SettingsError(f"can't read {path} ({error.strerror}): give a file of flags, as in config/") from None
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"can't read {path} ({first_line(error)}): give a file of flags, as config/*") from None
         flags += read_flags([word for line in lines for word in line.split("#")[0].split()], path.parent)
     return flags
 
@@ -210,7 +210,7 @@ def make_parser(model: str) -> Parser:
     add("--valid", help="folder of speakers or fixed set, for validation")
     add("--sample_rate", type=int, default=8000, help="Hz, of the data and the estimates")
     add("--seconds", type=at_least(0.1, float), default=4.0, help="length of a training segment")
-    add("--speeds", type=int, nargs="+", help="percent, drawn per source")
+    add("--speeds", type=at_least(25), nargs="+", help="percent, drawn per source")
     add("--n_speakers", type=int, default=2, help="of a mixture")
     add("--mix_folder", choices=MIX_FOLDERS, help="of a fixed set, where it has several")
     add("--noise", help="folder of noise for mixtures drawn on the fly")
@@ -304,7 +304,8 @@ class RunFolder:
 
     def load_last(self, resume: bool) -> dict | None:
         """The checkpoint to go on from."""
-        if resume != self.last.exists():
+        begun = self.last.exists() or (not resume and (self.path / "best.pt").exists())
+        if resume != begun:
             why = "no last.pt, so nothing to resume" if resume else "a run already, to go on with by --resume"
             raise SettingsError(f"{self.path} holds {why}: or choose another --out")
         checkpoint = load_checkpoint(self.last) if resume else None

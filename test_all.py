@@ -1633,8 +1633,12 @@ def test_a_resumed_run_takes_every_setting_from_its_checkpoint(tmp_path, capsys,
     assert [int(row["step"]) for row in logged(out)] == [0, 2, 4]
 
 
-def test_a_smoke_run_ends_where_it_is_told_and_goes_on_as_if_it_had_not(tmp_path):
-    flags = ["--epoch_size", 12, "--batch_size", 4, "--epochs", 2, "--warmup", 4]
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+def test_a_smoke_run_ends_where_it_is_told_and_goes_on_as_if_it_had_not(schedule, tmp_path, monkeypatch):
+    flags = ["--epoch_size", 12, "--batch_size", 4, "--epochs", 2, "--warmup", 4, "--schedule", schedule]
+    flags += ["--plateau_start", 0, "--patience", 1]
+    if schedule == "plateau":  # no gain: the rate is halved after two epochs, wherever else it was validated
+        monkeypatch.setattr(train, "validate", lambda run, folder: 5.0)
     run_train("--out", tmp_path / "whole", *flags)
     run_train("--out", tmp_path / "part", *flags, "--max_steps", 2)
     assert [(r["epoch"], r["step"]) for r in logged(tmp_path / "part")] == [("0", "0"), ("0", "2")]
@@ -1644,11 +1648,21 @@ def test_a_smoke_run_ends_where_it_is_told_and_goes_on_as_if_it_had_not(tmp_path
     whole, part = (logged(tmp_path / name, "steps.csv") for name in ("whole", "part"))
     assert len(whole) == 6 and whole == part
     rates = [float(row["lr"]) for row in whole]
-    assert rates[:3] == pytest.approx([1e-3 * (s + 1) / 4 * (0.01 + 0.495 * (1 + math.cos(math.pi * s / 6)))
+    assert schedule == "plateau" or rates[:3] == pytest.approx([1e-3 * (s + 1) / 4 * (0.01 + 0.495 * (1 + math.cos(math.pi * s / 6)))
                                        for s in range(3)])  # fmt: skip
 
 
 def test_workers_that_outlive_an_epoch_make_other_mixtures_in_the_next(tmp_path):
+def test_a_run_without_mixed_precision_is_resumed_with_it(tmp_path, monkeypatch):
+    """As where a run of a CPU goes on on a GPU that only has fp16, whose losses are scaled."""
+    run_train("--out", tmp_path / "r", "--epoch_size", 4, "--batch_size", 4, "--epochs", 1)
+    monkeypatch.setattr(train, "mixed_precision", lambda *_: torch.float16)
+    for epochs in (2, 3):  # and then with a scaler's state
+        train.train(*parse_args(["--resume", "--out", str(tmp_path / "r"), "--epochs", str(epochs)]))
+    scaler = torch.load(tmp_path / "r" / "last.pt", weights_only=True)["scaler"]
+    assert scaler["scale"] > 1 and scaler["_growth_tracker"] == 2
+
+
     flags = ["--epoch_size", 6, "--batch_size", 3, "--epochs", 2]
     run_train("--out", tmp_path / "0", *flags)
     run_train("--out", tmp_path / "2", *flags, "--workers", 2)
@@ -2443,7 +2457,9 @@ def test_bad_checkpoints_are_refused(trained, tmp_path, official_file):
 
 def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp_path, monkeypatch, capsys):
     blocked, out = tmp_path / "file", ["--out", tmp_path / "x"]
-    blocked.touch()
+    blocked.write_bytes(b"\xff")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "best.pt").touch()
     best = ["--ckpt", trained / "best.pt"]
     for name, arguments, message in [
         ("train", ["--resume", "--out", tmp_path / "new"], "nothing to resume"),
@@ -2465,6 +2481,10 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         ("evaluate", ["--ckpt", "a", "b"], "compared with --situations"),
         ("evaluate", ["--n_codebooks", 13], "13 codebooks asked for, transform has 1 to 12"),
         ("evaluate", [*best, "--out", blocked / "y"], "can't write"),
+        ("train", ["--out", tmp_path / "kept"], "holds a run already"),
+        ("train", ["--speeds", "0", "100", *out], "--speeds: 0 is out of range"),
+        ("train", ["--codec", "bundled", "--loss_seconds", "0.1", "--seconds", "0.1", *out], "raise --seconds"),
+        ("train", [f"@{blocked}", *out], "give a file of flags"),
         ("separate", [tmp_path / "none.wav", *best, "--out", tmp_path / "z"], "is no file"),
         ("recipes.mix", ["--speech", SPEECH / "carlo", *out], "at least 2 are needed"),
         ("recipes.mix", ["--speech", SPEECH, "--out", blocked / "set", "--n", "1"], "can't write"),
@@ -2473,6 +2493,8 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         ("recipes.wsj0_mix", ["--wsj0", tmp_path, *out], "either --lists"),
     ]:  # fmt: skip
         printed = mistake(monkeypatch, capsys, name, *arguments)
+        ("train", ["@config/sepformer_wsj0_2mix.txt", "--loss_seconds", 1, "--data", SPEECH, "--valid", SPEECH,
+                   "--epoch_size", 4, *out], "sepformer has no latents"),
         assert message in printed, (name, arguments, printed)
     assert not (tmp_path / "x").exists()  # nothing is left behind
 

@@ -122,10 +122,14 @@ def open_run(args, checkpoint: dict | None, rank: int, world: int) -> SimpleName
     codec = Codec.load(args.codec, args.sample_rate, choose_device())
     device = codec.device
     between_latents, separator = LOSSES[args.loss][1], SEPARATORS[args.model][0]
+    rvq = args.quantize_before, args.quantize_after
     if hasattr(data, "codec") and (data.codec["fingerprint"] != codec.fingerprint or not between_latents):
         raise SettingsError(f"{args.data} holds latents of {data.codec['name']}: use --codec so and --loss embedding")
-    if not separator.on_latents and (between_latents or args.quantize_before or args.quantize_after):
-        raise SettingsError(f"{args.model} has no latents: train it without --quantize_* and --loss {args.loss}")
+    if not separator.on_latents and (between_latents or any(rvq) or args.loss_seconds):
+        raise SettingsError(f"{args.model} has no latents: give no --quantize_*, --loss_seconds or --loss embedding")
+    margins = codec.margins() if args.loss_seconds else (0, 0)
+    if args.loss_seconds and args.seconds * args.sample_rate <= sum(margins) * codec.samples_per_frame:
+        raise SettingsError(f"{sum(margins)} frames at the ends of a segment are not scored: raise --seconds")
     batches = Batches(len(data), args.epoch_size, args.seed, rank, (args.accumulate, world, args.batch_size))
     torch.manual_seed(args.seed)
     model = build_model(vars(args), codec.latent_dim).to(device)
@@ -139,7 +143,6 @@ def open_run(args, checkpoint: dict | None, rank: int, world: int) -> SimpleName
         model.compile()  # in place, so that the weights keep their names
     ddp = DistributedDataParallel(model) if world > 1 else model
     half = mixed_precision(device, args.full_precision)
-    rvq, margins = (args.quantize_before, args.quantize_after), codec.margins() if args.loss_seconds else (0, 0)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     # done: updates; validated: after which of them; losses: this epoch's; skipped, in_a_row: updates not made
     progress = SimpleNamespace(**checkpoint["progress"] if args.resume else dict(
@@ -162,7 +165,8 @@ def open_run(args, checkpoint: dict | None, rank: int, world: int) -> SimpleName
         stop=[], reasons=[], named=set(),  # signals; why mixtures were broken: not counted yet, told already
     )  # fmt: skip
     for name in ("optimizer", "scheduler", "scaler") if args.resume else ():
-        getattr(run, name).load_state_dict(checkpoint[name])
+        if checkpoint[name]:  # of a scaler that was off it is empty
+            getattr(run, name).load_state_dict(checkpoint[name])
     run.started, run.began = time.time() - progress.seconds, (time.time(), progress.done)
     return run
 
@@ -272,7 +276,7 @@ def end_epoch(run, folder: RunFolder) -> None:
     is_best = math.isfinite(improvement) and improvement > progress.best
     progress.best = improvement if is_best else progress.best
     progress.losses, progress.validated = [], progress.done
-    if run.args.schedule == "plateau" and epoch >= run.args.plateau_start:
+    if run.args.schedule == "plateau" and epoch >= run.args.plateau_start and progress.done % run.updates == 0:
         run.scheduler.step(improvement)
     lr, seconds = run.optimizer.param_groups[0]["lr"], round(time.time() - run.started)
     numbers = f"{loss:.4f}", f"{improvement:.4f}", lr, progress.skipped, seconds, progress.broken, f"{speed:.2f}"
