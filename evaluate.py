@@ -24,6 +24,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -34,12 +35,12 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (
-    SettingsError, check_codec, choose_device, load_checkpoint, make_folder, restore_model, run_program,
+    HERE, SettingsError, check_codec, choose_device, load_checkpoint, make_folder, restore_model, run_program,
 )  # fmt: skip
 from codecformer import separate
 from dac_wrapper import ASSETS, Codec, measure_lag
 from data import MIX_FOLDERS, FixedMixtures, Parser
-from losses import pairwise_negative_si_sdr, pit, reorder, si_sdr
+from losses import pairwise_negative_si_sdr, pit, si_sdr
 from recipes.report import ROWS, format_table, portable, provenance, write_page
 
 COLUMNS = ["si_sdr", "si_sdr_i", "csi_sdr_i", "sdr_i", "pesq", "stoi"]
@@ -114,12 +115,11 @@ def make_rows(models: dict, codec, item, situations: bool) -> tuple[dict, np.nda
         if not situations:
             estimates = separate(model, codec, mixture, *rvq)
             _, assignment = pit(pairwise_negative_si_sdr(estimates, sources[None]))
-            signals |= {"ceiling": transmitted if any(rvq) else unquantised, name: reorder(estimates, assignment)[0]}
+            signals |= {"ceiling": transmitted if any(rvq) else unquantised, name: estimates[0, assignment[0]]}
             continue
         for situation, before, after in SITUATIONS:
             which = "+".join(["before"] * before + ["after"] * after) or "none"
-            estimates = separate(model, codec, mixture, bool(before), bool(after), situation)[0]
-            signals[f"{name}/{situation}/{which}"] = estimates
+            signals[f"{name}/{situation}/{which}"] = separate(model, codec, mixture, before, after, situation)[0]
     return {row: s.cpu().numpy() for row, s in signals.items()}, transmitted.cpu().numpy()
 
 
@@ -135,7 +135,8 @@ def score_set(dataset, rows_of, columns: list[str], out: Path, keep_audio: bool)
     scores = {line["mixture"]: line["rows"] for line in map(json.loads, lines)}
     processes = len(os.sched_getaffinity(0))  # what the scheduler allots, not what the machine has
     # Spawned, not forked: a fork of a process that runs torch's threads can hang.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for us
     with pool, open(path, "a") as file:
 
         def collect(most: int) -> None:
@@ -184,8 +185,8 @@ def evaluate(args) -> None:
         name = c["separator"] if c["separator"] not in models else f"{c['separator']}{len(models) + 1}"
         models[name] = restore_model(c, path).to(device), c["quantize_before"], c["quantize_after"]
     # One on waveforms works behind any codec.
-    on_latents = [path for path, (model, *_) in zip(checkpoints, models.values()) if model.on_latents] or args.ckpt
-    first = checkpoints[on_latents[0]]
+    on_latents = [path for path, (model, *_) in zip(checkpoints, models.values()) if model.on_latents]
+    first = checkpoints[(on_latents or args.ckpt)[0]]
     codec = Codec.load(args.codec or first["codec"]["name"], first["sample_rate"], device)
     if args.n_codebooks is not None:
         codec.use_codebooks(args.n_codebooks)
@@ -198,20 +199,22 @@ def evaluate(args) -> None:
             here = f"{args.data} mixes {dataset.n_speakers} at {codec.sample_rate} Hz"
             raise SettingsError(f"{path} separates {made_for[0]} speakers at {made_for[1]} Hz, {here}: give a pair")
 
-    # The same checkpoints, set and flags share a folder; anything else has another.
-    identity = [args.situations, codec.fingerprint, codec.bitrate, *dataset.folders]
+    # The same checkpoints, set, flags and code share a folder; anything else has another.
+    files = [folder / path.name for path in dataset.files for folder in dataset.folders]
+    code = sorted([*HERE.glob("[!t]*.py"), *HERE.glob("recipes/*.py")])  # all but train.py and test_all.py
+    identity = [args.situations, codec.fingerprint, codec.bitrate, *files]
     digest = hashlib.blake2b(json.dumps(identity, default=str).encode())
-    for path in args.ckpt:
+    for path in [*args.ckpt, *files, *code]:
         digest.update(Path(path).read_bytes())
-    for path in dataset.files:
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
     digest = digest.hexdigest()[:12]
     label = "_".join([*models, dataset.root.resolve().name, *["situations"] * args.situations, digest[:6]])
     out = Path(args.out or Path("results") / label)
-    make_folder(out / "audio")
     mark = out / "made_from.json"
-    if mark.exists() and json.loads(mark.read_text())["digest"] != digest:
-        raise SettingsError(f"{out} holds the scores of another checkpoint, set or flags: choose another --out")
+    made_from = json.loads(mark.read_text())["digest"] if mark.exists() else None
+    if made_from != digest and out.is_dir() and any(path.is_file() for path in out.iterdir()):
+        other = "scores of another checkpoint, set, flags or code" if made_from else "files that are no scores"
+        raise SettingsError(f"{out} holds {other}: choose another --out")
+    make_folder(out / "audio")
     mark.write_text(json.dumps({"digest": digest}) + "\n")
 
     columns = SITUATION_COLUMNS if args.situations else COLUMNS
@@ -251,6 +254,7 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.ckpt) > 1 and not args.situations:
         parser.error("several --ckpt are compared with --situations")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the other processes too
     evaluate(args)
 
 

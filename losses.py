@@ -48,11 +48,6 @@ def pit(pairwise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return loss, candidates[best]
 
 
-def reorder(estimates: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
-    """Puts estimates [B, S, ...] in the order of their sources, by the assignment [B, S] of `pit`."""
-    return torch.stack([e[a] for e, a in zip(estimates, assignment)])
-
-
 def keep_hard(loss: torch.Tensor, threshold: float = -30.0) -> torch.Tensor:
     """Drops mixtures that are separated already: those with a loss [B] at or below the threshold in dB.
 

@@ -64,7 +64,7 @@ from data import (
     DATASETS, DataError, FixedMixtures, FixedSegments, SpeakerMixtures, open_mixtures, read_audio,
     resample,
 )  # fmt: skip
-from losses import LOSSES, crop, keep_hard, pairwise_negative_si_sdr, pit, reorder, si_sdr
+from losses import LOSSES, crop, keep_hard, pairwise_negative_si_sdr, pit, si_sdr
 from recipes import claims, cost, debian_speech, librispeech, report, train_codec, transform_codec, wsj0_mix
 from recipes.latents import write_latents
 from recipes.mix import write_fixed_set
@@ -965,7 +965,7 @@ def test_pit_finds_every_permutation(n_speakers):
         pairwise = pairwise_negative_si_sdr(estimates, sources)
         loss, assignment = pit(pairwise)
         assert [permutation[a] for a in assignment[0]] == list(range(n_speakers))
-        assert si_sdr(reorder(estimates, assignment), sources).min() > 10
+        assert si_sdr(estimates[0, assignment[0]], sources[0]).min() > 10
         brute = min(
             np.mean([pairwise[0, p[j], j].item() for j in range(n_speakers)])
             for p in itertools.permutations(range(n_speakers))
@@ -1576,7 +1576,7 @@ def small_set(tmp_path_factory):
 def scored_here(monkeypatch):
     """Scores in this process, which spares the tests the start of others; holds how many were asked for."""
     asked = []
-    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", lambda n, context: asked.append(n) or ThreadPoolExecutor(1))
+    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", lambda n, *_: asked.append(n) or ThreadPoolExecutor(1))
     return asked
 
 
@@ -2114,7 +2114,9 @@ def test_evaluate_writes_all_it_promises(trained, small_set, tmp_path, monkeypat
     # Another set, or other flags, have a folder of their own.
     other = tmp_path / "other"
     write_fixed_set(SpeakerMixtures(SPEECH.parent / "valid", 8000, 1.0, 1), other)
-    assert "another checkpoint, set or flags" in mistake(monkeypatch, capsys, "evaluate", *flags, "--data", other)
+    assert "another checkpoint, set," in mistake(monkeypatch, capsys, "evaluate", *flags, "--data", other)
+    (other / "notes.txt").touch()
+    assert "files that are no scores" in mistake(monkeypatch, capsys, "evaluate", *flags[:-1], other)
     monkeypatch.chdir(tmp_path)
     program("evaluate", monkeypatch, "--ckpt", trained / "best.pt", "--data", other)
     program("evaluate", monkeypatch, "--ckpt", trained / "best.pt", "--data", small_set)
@@ -2122,6 +2124,14 @@ def test_evaluate_writes_all_it_promises(trained, small_set, tmp_path, monkeypat
     program("recipes.report", monkeypatch, out, "--data", small_set)
     assert (out / "index.html").read_text() == page
 
+    # So has a set whose files only look the same, and other code.
+    source = min((other / "s1").iterdir())
+    audio, rate = read_audio(source)
+    sf.write(source, audio[::-1], rate)
+    program("evaluate", monkeypatch, "--ckpt", trained / "best.pt", "--data", other)
+    assert len(list((tmp_path / "results").iterdir())) == 3
+    monkeypatch.setattr(evaluate, "HERE", tmp_path)
+    assert "flags or code: choose another" in mistake(monkeypatch, capsys, "evaluate", *flags)
 
 def test_short_and_silent_mixtures_do_not_end_the_scoring(trained, tmp_path, monkeypatch, capsys, scored_here):
     rng = np.random.default_rng(0)
@@ -2178,6 +2188,9 @@ def test_one_command_prints_the_papers_table(trained, small_set, tmp_path, monke
     low = json.loads((tmp_path / "low" / "results.json").read_text())
     assert low["codec"]["bitrate"] == 1000  # of the transform's 12 codebooks at 6 kbit/s
     transmitted = [r["ceiling/transmitted"]["si_sdr_i"]["mean"] for r in (low["rows"], rows)]
+    flags = ["--situations", "--ckpt", ckpts[1], "--data", small_set, "--out", tmp_path / "b", "--codec", "bundled"]
+    program("evaluate", monkeypatch, *flags)  # a separator on waveforms stands behind any codec
+    assert json.loads((tmp_path / "b" / "results.json").read_text())["codec"]["name"] == "bundled"
     unquantised = [r["codecformer/latents/none"]["si_sdr_i"]["mean"] for r in (low["rows"], rows)]
     assert transmitted[0] < transmitted[1] - 1 and unquantised[0] == pytest.approx(unquantised[1])
 
@@ -2584,7 +2597,7 @@ def test_claims_are_trained_scored_and_tabled_and_not_made_twice(tmp_path, monke
     monkeypatch.setattr(claims, "call", call)
     serial = contextlib.nullcontext(SimpleNamespace(map=map))  # train.py wants the main thread, for its signals
     monkeypatch.setattr(claims, "ThreadPoolExecutor", lambda parallel: serial)
-    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(claims, "N_SCORED", 2)
     monkeypatch.setattr(claims, "BASE", ["@config/gpu.txt", *base])
     sepformer = ["@config/sepformer_wsj0_2mix.txt", *tiny, "--n_blocks=1", "--max_steps=2"]
