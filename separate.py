@@ -48,10 +48,11 @@ def readable(path: Path):
         raise DataError(f"{path} is no file: give recordings, or folders of them")
     try:
         sf.info(path)
-    except (sf.LibsndfileError, RuntimeError):
+    except RuntimeError:
         with tempfile.TemporaryDirectory() as folder:
             converted = Path(folder) / "decoded.wav"
-            command = ["ffmpeg", "-i", path.resolve(), "-vn", "-c:a", "pcm_f32le", "-rf64", "auto", converted]
+            options = "-vn -c:a pcm_f32le -rf64 auto".split()
+            command = ["ffmpeg", "-nostdin", "-i", path.resolve(), *options, converted]
             if shutil.which("ffmpeg") is None or subprocess.run(command, capture_output=True).returncode:
                 raise DataError(
                     f"can't read {path} as audio: wav, flac, ogg, opus, mp3 and aiff are read, anything else where "
@@ -137,12 +138,13 @@ def separate_file(model, codec, path: Path, targets: list[Path], rvq=(False, Fal
             tail = estimates[:, following - start :]
 
 
-def find_recordings(paths) -> dict[Path, Path]:
-    """{recording: its path in --out, without ending}, of files and of all recordings below folders."""
+def find_recordings(paths, out: Path) -> dict[Path, Path]:
+    """{recording: its path in `out`, without ending}, of files and of all below folders that are not below `out`."""
     found = {}
     for path in map(Path, paths):
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in READ_DIRECTLY | READ_BY_FFMPEG)
+            files = [p for p in files if not p.resolve().is_relative_to(out.resolve())]
             if not files:
                 raise DataError(f"{path} holds no recordings: give files or another folder")
             found |= {file: file.relative_to(path).with_suffix("") for file in files}
@@ -159,15 +161,17 @@ def main() -> None:
     parser.add_argument("--out", default="separated", help="folder to write to")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which lets files be cleared away
-    recordings = find_recordings(args.recordings)
+    out = Path(args.out)
+    recordings = find_recordings(args.recordings, out)
     model, codec, checkpoint = load_separator(args.ckpt, choose_device(), args.codec)
-    targets, out = {}, Path(args.out)
+    targets = {}
     for path, name in recordings.items():
         targets[path] = [out / name.parent / f"{name.name}_s{k + 1}.wav" for k in range(model.config.n_speakers)]
-    every, sources = [target for of_one in targets.values() for target in of_one], {p.resolve() for p in recordings}
-    for target in every:
-        if every.count(target) > 1 or target.resolve() in sources:
+    taken = {path.resolve() for path in recordings}
+    for target in (target for of_one in targets.values() for target in of_one):
+        if target.resolve() in taken:
             raise SettingsError(f"{target} would be written over: separate that recording into another --out")
+        taken.add(target.resolve())
     make_folder(out)
     errors, rvq = [], (checkpoint["quantize_before"], checkpoint["quantize_after"])
     for path in tqdm(recordings, desc="separating", unit="file"):

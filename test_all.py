@@ -2366,6 +2366,9 @@ def test_folders_are_walked_and_ffmpeg_decodes_what_libsndfile_cannot(trained, t
     assert found == [f"{name}_s{k}.wav" for name in ("call", "day/a", "night/a") for k in (1, 2)]
     assert sf.info(tmp_path / "out" / "call_s1.wav").subtype == "FLOAT"
     (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    program("separate", monkeypatch, ".", "--ckpt", trained / "best.pt", "--out", "out")  # its own outputs are left out
+    assert len(list((tmp_path / "out").rglob("*.wav"))) == len(found) * 2
     for recordings, message in (
         ([tmp_path / "empty"], "holds no recordings"),
         ([tmp_path / "in" / "day" / "a.wav", tmp_path / "in" / "night" / "a.wav"], "would be written over"),
