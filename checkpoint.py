@@ -2,7 +2,7 @@
 
 A checkpoint is a dictionary of plain tensors, numbers and strings: `separator` (a key of SEPARATORS), `config`, `model`
 (its weights), `sample_rate`, `codec` (name and fingerprint), `quantize_before`, `quantize_after`, `args` (the flags it
-was trained with), `git`, and where a run can go on from it, all that it needs for that. Paths in it are relative.
+was trained with), `git`, and where a run can go on from it, all that it needs for that. Paths are as they were given.
 """
 
 import argparse

@@ -163,7 +163,7 @@ CODECS = {
 def fingerprint(weights: dict) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(weights):
-        digest.update(name.encode() + weights[name].contiguous().numpy().tobytes())
+        digest.update(name.encode() + weights[name].flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -269,7 +269,7 @@ class Codec:
         return torch.where(rms > 1e-8, LEVEL / rms.clamp(min=1e-8), torch.ones_like(rms))
 
     def encode(self, wav: torch.Tensor) -> torch.Tensor:
-        """[..., T] at `sample_rate` -> continuous latents [..., D, F] with F = ceil of T in hops. Any T >= 1."""
+        """[..., T] at `sample_rate` -> continuous latents [..., D, F], F = ceil of (T + lag) in hops; T >= 1."""
         if wav.ndim < 2 or wav.shape[-1] < 1:
             raise ValueError(f"expected waveforms [batch, samples], got {list(wav.shape)}")
         latents = self._encode(self._resample(wav.flatten(0, -2), self.sample_rate, self.codec_rate))

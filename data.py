@@ -56,7 +56,7 @@ def read_audio(path, start: int = 0, frames: int = -1) -> tuple[np.ndarray, int]
             if start:
                 file.seek(start)  # a GSM file can't
             audio = file.read(expected, dtype="float32", always_2d=True)
-    except (sf.LibsndfileError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         reason = "no such file" if not Path(path).exists() else str(error).splitlines()[0]
         raise DataError(f"can't read {path} as audio ({reason}): check or remove it") from None
     if len(audio) == 0 or len(audio) < expected:
@@ -156,9 +156,9 @@ class SpeakerMixtures:
             raise DataError(f"--snr is a range in dB from low to high, not from {snr[0]:g} to {snr[1]:g}")
         self.headers = read_headers([path for files in self.speakers.values() for path in files])
         self.found = describe(root, self.headers, f"{len(self.speakers)} speakers, {len(self.headers)} files")
-        self.noisy, self.snr, self.noise = noise is not None, snr, list_audio(noise) if noise is not None else []
+        self.snr, self.noise = snr, list_audio(noise) if noise is not None else []
         self.headers |= read_headers(self.noise)
-        if self.noisy and not self.noise:
+        if noise is not None and not self.noise:
             raise DataError(f"{noise} holds no wav, flac, ogg or opus files to use as noise")
         # Decoding is most of the time of making a mixture: what fits into 400 MB is kept, in each worker.
         self.fits, self.decoded = sum(frames for frames, _ in self.headers.values()) < 1e8, {}
@@ -213,7 +213,7 @@ class SpeakerMixtures:
         sources = np.stack([s * 10 ** (db / 20) for s, db in zip(sources, levels)]).astype(np.float32)
         mixture = sources.sum(0)
         peak = np.abs(sources).max()
-        if self.noisy:  # drawn last: the speech of a mixture is the same with noise and without
+        if self.noise:  # drawn last: the speech of a mixture is the same with noise and without
             noise = self._segment(rng, self.noise, "the noise")
             noise *= np.linalg.norm(mixture) / np.linalg.norm(noise) * 10 ** (-rng.uniform(*self.snr) / 20)
             mixture, peak = mixture + noise, max(peak, np.abs(noise).max())
@@ -315,7 +315,7 @@ class LatentSegments:
         path, frames = self.files[epoch_and_index(key)[1]], self.frames
         try:
             latents = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise DataError(f"can't read {path} as latents ({error}): write them anew") from None
         rng = np.random.default_rng([self.seed, *epoch_and_index(key)])
         start = int(rng.integers(max(latents.shape[-1] - frames, 0) + 1))

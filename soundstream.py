@@ -214,8 +214,7 @@ def load_lyra(folder=None) -> tuple[SoundStream, dict]:
     Raises CodecError with one line that says what to do.
     """
     if folder is not None:
-        codec = SoundStream().eval()
-        codec.load_state_dict(convert_lyra(folder))
+        codec = convert_lyra(folder)
         return codec, codec.state_dict()
     from dac_wrapper import download, load_file  # here, since that module knows this one
 
@@ -229,8 +228,8 @@ def load_lyra(folder=None) -> tuple[SoundStream, dict]:
 
 
 @torch.no_grad()
-def convert_lyra(folder) -> dict[str, torch.Tensor]:
-    """The state_dict of `SoundStream()` from Lyra's three .tflite files in `folder`.
+def convert_lyra(folder) -> SoundStream:
+    """Lyra V2 from its three .tflite files in `folder`.
 
     Raises CodecError for a file that is missing or not the one published with v1.3.2.
     """
@@ -262,7 +261,7 @@ def convert_lyra(folder) -> dict[str, torch.Tensor]:
                 module.bias.copy_(bias)  # the last one's for all samples of a stride
     names = ["transpose", *(f"transpose_{i}" for i in range(1, codec.n_codebooks))]
     codec.quantizer.codebooks.copy_(torch.stack([constants[name] for name in names]))
-    return codec.state_dict()
+    return codec.eval()
 
 
 def read_tflite(path) -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:

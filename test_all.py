@@ -1522,8 +1522,9 @@ def test_latents_of_a_set_are_its_own_and_train_as_fresh_ones_do(tmp_path, codec
         write_latents(FixedMixtures(tmp_path / "set", 8000), codec, tmp_path / "latents")
     broken = sorted((tmp_path / "latents").glob("*.npy"))[2]
     broken.write_bytes(broken.read_bytes()[:500])  # left out like a broken recording
+    sorted((tmp_path / "latents").glob("*.npy"))[4].write_bytes(b"")
     run_train("--out", tmp_path / "broken", "--data", tmp_path / "latents", *flags)
-    assert int(logged(tmp_path / "broken")[-1]["broken"]) == 2
+    assert int(logged(tmp_path / "broken")[-1]["broken"]) == 4
     for wrong, message in (
         (["--loss", "si_sdr"], "use --codec so and --loss embedding"),
         (["--speeds", 90, 100], "give --speeds 100"),
@@ -1652,7 +1653,6 @@ def test_a_smoke_run_ends_where_it_is_told_and_goes_on_as_if_it_had_not(schedule
                                        for s in range(3)])  # fmt: skip
 
 
-def test_workers_that_outlive_an_epoch_make_other_mixtures_in_the_next(tmp_path):
 def test_a_run_without_mixed_precision_is_resumed_with_it(tmp_path, monkeypatch):
     """As where a run of a CPU goes on on a GPU that only has fp16, whose losses are scaled."""
     run_train("--out", tmp_path / "r", "--epoch_size", 4, "--batch_size", 4, "--epochs", 1)
@@ -1663,6 +1663,7 @@ def test_a_run_without_mixed_precision_is_resumed_with_it(tmp_path, monkeypatch)
     assert scaler["scale"] > 1 and scaler["_growth_tracker"] == 2
 
 
+def test_workers_that_outlive_an_epoch_make_other_mixtures_in_the_next(tmp_path):
     flags = ["--epoch_size", 6, "--batch_size", 3, "--epochs", 2]
     run_train("--out", tmp_path / "0", *flags)
     run_train("--out", tmp_path / "2", *flags, "--workers", 2)
@@ -2123,7 +2124,6 @@ def test_evaluate_writes_all_it_promises(trained, small_set, tmp_path, monkeypat
     assert len(list((tmp_path / "results").iterdir())) == 2
     program("recipes.report", monkeypatch, out, "--data", small_set)
     assert (out / "index.html").read_text() == page
-
     # So has a set whose files only look the same, and other code.
     source = min((other / "s1").iterdir())
     audio, rate = read_audio(source)
@@ -2132,6 +2132,7 @@ def test_evaluate_writes_all_it_promises(trained, small_set, tmp_path, monkeypat
     assert len(list((tmp_path / "results").iterdir())) == 3
     monkeypatch.setattr(evaluate, "HERE", tmp_path)
     assert "flags or code: choose another" in mistake(monkeypatch, capsys, "evaluate", *flags)
+
 
 def test_short_and_silent_mixtures_do_not_end_the_scoring(trained, tmp_path, monkeypatch, capsys, scored_here):
     rng = np.random.default_rng(0)
@@ -2187,10 +2188,10 @@ def test_one_command_prints_the_papers_table(trained, small_set, tmp_path, monke
     program("evaluate", monkeypatch, *flags)
     low = json.loads((tmp_path / "low" / "results.json").read_text())
     assert low["codec"]["bitrate"] == 1000  # of the transform's 12 codebooks at 6 kbit/s
-    transmitted = [r["ceiling/transmitted"]["si_sdr_i"]["mean"] for r in (low["rows"], rows)]
     flags = ["--situations", "--ckpt", ckpts[1], "--data", small_set, "--out", tmp_path / "b", "--codec", "bundled"]
     program("evaluate", monkeypatch, *flags)  # a separator on waveforms stands behind any codec
     assert json.loads((tmp_path / "b" / "results.json").read_text())["codec"]["name"] == "bundled"
+    transmitted = [r["ceiling/transmitted"]["si_sdr_i"]["mean"] for r in (low["rows"], rows)]
     unquantised = [r["codecformer/latents/none"]["si_sdr_i"]["mean"] for r in (low["rows"], rows)]
     assert transmitted[0] < transmitted[1] - 1 and unquantised[0] == pytest.approx(unquantised[1])
 
@@ -2365,10 +2366,10 @@ def test_folders_are_walked_and_ffmpeg_decodes_what_libsndfile_cannot(trained, t
     found = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.wav"))
     assert found == [f"{name}_s{k}.wav" for name in ("call", "day/a", "night/a") for k in (1, 2)]
     assert sf.info(tmp_path / "out" / "call_s1.wav").subtype == "FLOAT"
-    (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     program("separate", monkeypatch, ".", "--ckpt", trained / "best.pt", "--out", "out")  # its own outputs are left out
     assert len(list((tmp_path / "out").rglob("*.wav"))) == len(found) * 2
+    (tmp_path / "empty").mkdir()
     for recordings, message in (
         ([tmp_path / "empty"], "holds no recordings"),
         ([tmp_path / "in" / "day" / "a.wav", tmp_path / "in" / "night" / "a.wav"], "would be written over"),
@@ -2480,6 +2481,10 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
     for name, arguments, message in [
         ("train", ["--resume", "--out", tmp_path / "new"], "nothing to resume"),
         ("train", ["--out", trained], "holds a run already"),
+        ("train", ["--out", tmp_path / "kept"], "holds a run already"),
+        ("train", ["--speeds", "0", "100", *out], "--speeds: 0 is out of range"),
+        ("train", ["--codec", "bundled", "--loss_seconds", "0.1", "--seconds", "0.1", *out], "raise --seconds"),
+        ("train", [f"@{blocked}", *out], "give a file of flags"),
         ("train", ["--out", blocked / "run"], "can't write"),
         ("train", ["--data", SPEECH / "carlo", *out], "at least 2 are needed"),
         ("train", ["--codec", "dac_7khz", *out], "no codec dac_7khz"),
@@ -2487,6 +2492,8 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         ("train", ["--loss_seconds", "-1", *out], "--loss_seconds: -1 is out of range"),
         ("train", ["--max_steps", "0", *out], "--max_steps: 0 is out of range"),
         ("train", ["@config/sepformer_wsj0_2mix.txt", "--loss", "embedding", "--data", SPEECH, "--valid", SPEECH,
+                   "--epoch_size", 4, *out], "sepformer has no latents"),
+        ("train", ["@config/sepformer_wsj0_2mix.txt", "--loss_seconds", 1, "--data", SPEECH, "--valid", SPEECH,
                    "--epoch_size", 4, *out], "sepformer has no latents"),
         ("train", ["@config/none.txt", *out], "can't read config/none.txt"),
         ("train", ["@config/shared/codecformer.txt", *out], "--data is missing"),
@@ -2497,10 +2504,6 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         ("evaluate", ["--ckpt", "a", "b"], "compared with --situations"),
         ("evaluate", ["--n_codebooks", 13], "13 codebooks asked for, transform has 1 to 12"),
         ("evaluate", [*best, "--out", blocked / "y"], "can't write"),
-        ("train", ["--out", tmp_path / "kept"], "holds a run already"),
-        ("train", ["--speeds", "0", "100", *out], "--speeds: 0 is out of range"),
-        ("train", ["--codec", "bundled", "--loss_seconds", "0.1", "--seconds", "0.1", *out], "raise --seconds"),
-        ("train", [f"@{blocked}", *out], "give a file of flags"),
         ("separate", [tmp_path / "none.wav", *best, "--out", tmp_path / "z"], "is no file"),
         ("recipes.mix", ["--speech", SPEECH / "carlo", *out], "at least 2 are needed"),
         ("recipes.mix", ["--speech", SPEECH, "--out", blocked / "set", "--n", "1"], "can't write"),
@@ -2509,8 +2512,6 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         ("recipes.wsj0_mix", ["--wsj0", tmp_path, *out], "either --lists"),
     ]:  # fmt: skip
         printed = mistake(monkeypatch, capsys, name, *arguments)
-        ("train", ["@config/sepformer_wsj0_2mix.txt", "--loss_seconds", 1, "--data", SPEECH, "--valid", SPEECH,
-                   "--epoch_size", 4, *out], "sepformer has no latents"),
         assert message in printed, (name, arguments, printed)
     assert not (tmp_path / "x").exists()  # nothing is left behind
 

@@ -46,8 +46,8 @@ def write_fixed_set(mixtures, out) -> None:
     Raises DataError if `out` exists already or can't be written; a half-written set never bears that name.
     """
     with new_folder(out) as folder:
-        names = ["mix_both" if mixtures.noisy else "mix_clean"] + [f"s{k + 1}" for k in range(mixtures.n_speakers)]
-        names += ["noise"] if mixtures.noisy else []
+        names = ["mix_both" if mixtures.noise else "mix_clean"] + [f"s{k + 1}" for k in range(mixtures.n_speakers)]
+        names += ["noise"] if mixtures.noise else []
         for name in names:
             (folder / name).mkdir()
         for index in tqdm(range(len(mixtures)), desc=f"writing {out}", unit="mixture"):
