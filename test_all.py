@@ -65,7 +65,7 @@ from data import (
     resample,
 )  # fmt: skip
 from losses import LOSSES, crop, keep_hard, pairwise_negative_si_sdr, pit, si_sdr
-from recipes import claims, cost, debian_speech, librispeech, report, train_codec, transform_codec, wsj0_mix
+from recipes import claims, cost, debian_speech, gpu, librispeech, report, train_codec, transform_codec, wsj0_mix
 from recipes.latents import write_latents
 from recipes.mix import write_fixed_set
 from recipes.sepformer import Sepformer, SepformerConfig
@@ -2629,7 +2629,7 @@ def test_claims_are_trained_scored_and_tabled_and_not_made_twice(tmp_path, monke
 
     calls.clear()
     program("recipes.claims", monkeypatch, *fresh, "--only", "harder/three", "--pool", 4)  # which takes no pool
-    assert calls and not any(words[0] == "train.py" or "recipes.mix" in words for words in calls)
+    assert not calls and json.loads((tmp_path / "claims" / "claims.json").read_text())["rows"] == rows
 
     program("recipes.claims", monkeypatch, *pooled, "--only", "base", "harder", "--pool", 4)
     trained = {}
@@ -2660,6 +2660,20 @@ def test_no_committed_file_holds_a_path_of_the_machine_it_was_made_on():
     weights = {"separator.pt", "separator_bundled.pt", "separator_lyra.pt", "codec.pth", "transform_codebooks.pth"}
     assert weights | {"results.json"} <= {path.name for path in files}
     for path in files:
+def test_what_claims_and_gpu_call_are_flags_that_train_takes(tmp_path, monkeypatch):
+    commands, parsed = [], []
+    monkeypatch.setattr(gpu, "call", lambda *words, log=None: commands.append([str(word) for word in words]))
+    gpu.run("voices", "valid", 30, "lyra", "set", tmp_path)
+    flags = dict(codec="lyra", data="voices", valid="valid", noise="noise", only=[], mixtures=48000, pool=4, minutes=1)
+    runs = claims.flags_of(SimpleNamespace(**flags, out=tmp_path))
+    trainings = [words[1:] for words in commands if words[0] == "train.py"] + list(runs.values())
+    monkeypatch.chdir(HERE)
+    for words in trainings:
+        args, _ = parse_args([*map(str, words), "--out", str(tmp_path / "r")])
+        parsed.append(build_model(vars(args), 64))
+    assert len(parsed) == 2 + len(claims.BY_TIME) + len(claims.BY_MIXTURES) + len(claims.TWICE)
+
+
         content = torch.load(path, weights_only=True) if ".pt" in path.suffix else path.read_text().splitlines()
         for text in strings(content):
             assert not re.search(r"(^|[\s\"'=:])(/[a-z]+/|~|[A-Z]:\\)", text), (path.name, text)

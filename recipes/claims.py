@@ -15,7 +15,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from checkpoint import SettingsError, make_folder, run_program
+from checkpoint import SettingsError, at_least, load_checkpoint, make_folder, run_program
 from data import Parser
 from recipes.curves import draw
 from recipes.gpu import call
@@ -83,12 +83,11 @@ def train(runs: dict, out: Path, parallel: int) -> None:
     """Trains what is missing, `parallel` runs at a time. Raises SettingsError."""
 
     def one(run: str) -> None:
-        folder, ended = out / run, out / run / "ended"
-        if not ended.exists():
+        folder = out / run
+        last = load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
+        if not last or last["progress"]["validated"] < last["end"]:
             make_folder(folder.parent)
-            flags = ["--resume"] if (folder / "last.pt").exists() else runs[run]
-            call("train.py", *flags, "--out", folder, log=out / f"{run}.log")
-            ended.touch()
+            call("train.py", *(["--resume"] if last else runs[run]), "--out", folder, log=out / f"{run}.log")
 
     with ThreadPoolExecutor(parallel) as pool:
         list(pool.map(one, runs))
@@ -103,8 +102,9 @@ def score(runs: dict, out: Path, speech: str, noise: str) -> dict[str, dict]:
         kind = kind if kind in kinds else "two"
         flags = ["--speech", speech, "--n", N_SCORED, "--seed", 1, *kinds[kind]]
         make(sets[kind], "recipes.mix", *flags, log=out / "sets.log")
-        flags = ["--data", sets[kind], "--out", scores]
-        call("evaluate.py", "--ckpt", out / run / "best.pt", *flags, log=out / "scores.log")
+        if not (scores / "results.json").exists():
+            flags = ["--data", sets[kind], "--out", scores]
+            call("evaluate.py", "--ckpt", out / run / "best.pt", *flags, log=out / "scores.log")
         results = json.loads((scores / "results.json").read_text())
         settings = next(iter(results["checkpoints"].values()))["args"]
         last = (out / run / "log.csv").read_text().splitlines()[-1].split(",")
@@ -112,7 +112,8 @@ def score(runs: dict, out: Path, speech: str, noise: str) -> dict[str, dict]:
             **{column: list(results["rows"].values())[-1][column] for column in COLUMNS},
             "mixtures": int(last[1]) * settings["batch_size"], "seconds": int(last[6]), "machine": results["machine"],
         }  # fmt: skip
-    if {"time/si_sdr/0", "time/sepformer/0"} <= runs.keys():
+    done = (out / "situations" / "results.json").exists()
+    if {"time/si_sdr/0", "time/sepformer/0"} <= runs.keys() and not done:
         pair = [out / run / "best.pt" for run in ("time/si_sdr/0", "time/sepformer/0")]
         flags = ["--data", sets["two"], "--out", out / "situations"]
         call("evaluate.py", "--situations", "--ckpt", *pair, *flags, log=out / "scores.log")
@@ -127,14 +128,12 @@ def main() -> None:
     parser.add_argument("--score", required=True, help="folder of yet others, to score on")
     parser.add_argument("--noise", required=True, help="folder of noise")
     parser.add_argument("--only", nargs="*", default=[], help="runs whose names start so")
-    parser.add_argument("--mixtures", type=int, default=48000, help="of the runs that are compared by mixtures")
-    parser.add_argument("--pool", type=int, default=0, help="mixtures of 4 s whose latents these share; 0: all fresh")
-    parser.add_argument("--minutes", type=float, default=120.0, help="of the runs that are compared by time")
-    parser.add_argument("--parallel", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--mixtures", type=at_least(3), default=48000, help="of the runs that are compared by mixtures")
+    parser.add_argument("--pool", type=at_least(0), default=0, help="mixtures of 4 s whose latents they share; 0: none")
+    parser.add_argument("--minutes", type=at_least(0.01, float), default=120.0, help="of runs compared by time")
+    parser.add_argument("--parallel", type=at_least(1), default=1, help="trainings at a time")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    if args.mixtures < 3 or args.pool < 0:
-        parser.error("--mixtures is at least 3, one for each epoch, and --pool at least 0")
     out, runs = args.out, flags_of(args)
     make_folder(out)
 
@@ -143,8 +142,10 @@ def main() -> None:
         make(pool, "recipes.mix", "--speech", args.data, "--n", args.pool, "--seed", 2, log=log)
         make(out / LATENTS, "recipes.latents", "--data", pool, "--codec", args.codec, log=log)
     train(runs, out, args.parallel)
-    rows = score(runs, out, args.score, args.noise)
-    (out / "claims.json").write_text(json.dumps({"codec": args.codec, "rows": rows}, indent=1) + "\n")
+    path = out / "claims.json"
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else {}  # of runs that --only leaves out now
+    rows = earlier | score(runs, out, args.score, args.noise)
+    path.write_text(json.dumps({"codec": args.codec, "rows": rows}, indent=1) + "\n")
     lines = [f"| run | mixtures | minutes | {' | '.join(COLUMNS.values())} |", "|---" * (3 + len(COLUMNS)) + "|"]
     for run, row in rows.items():
         cells = (f"{row[c]['mean']:.2f} ±{row[c]['ci95']:.2f}" for c in COLUMNS)

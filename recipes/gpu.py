@@ -10,11 +10,12 @@ checkpoints: what a lease's end cuts off goes on by hand, with --resume. Without
 """
 
 import contextlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from checkpoint import SettingsError, run_program
+from checkpoint import SettingsError, at_least, run_program
 from dac_wrapper import ASSETS, CODECS
 from data import Parser
 
@@ -22,13 +23,14 @@ SHARES = {"codec": 0.4, "embedding": 0.35, "waveform": 0.25}  # of the time
 
 
 def call(*command, log: Path | None = None) -> None:
-    """Runs a program of this repository, at its top; what it says goes into a log. Raises SettingsError if it fails."""
+    """Runs a program of this repository, from its top, with its words in a log. Raises SettingsError if it fails."""
     print(">", "python", *command, flush=True)
     with open(log, "a") if log else contextlib.nullcontext() as file:
         words = [sys.executable, *map(str, command)]
         if status := subprocess.run(words, stdout=file, stderr=file).returncode:
-            why = log.read_text().strip().rpartition("\n")[2] + f" ({log})" if log else "see above"
-            raise SettingsError(f"{' '.join(words[1:3])} ended with status {status}: {why}")
+            said = log.read_text().strip() if log else "see above"
+            why = (re.findall("error: .*", said) or [said])[-1].splitlines()[-1]  # a progress bar may come after it
+            raise SettingsError(f"{' '.join(words[1:3])} ended with status {status}: {why}" + f" ({log})" * bool(log))
 
 
 def run(data, valid, minutes: float, codec: str | None, score, out: Path) -> None:
@@ -52,7 +54,7 @@ def main() -> None:
     parser = Parser(description="Trains a small codec and a Codecformer on it, and scores them.")
     parser.add_argument("--data", required=True, help="folder with one folder per speaker, as recipes.pack writes it")
     parser.add_argument("--valid", required=True, help="folder of other speakers")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of training")
+    parser.add_argument("--minutes", type=at_least(0.1, float), default=30.0, help="of training")
     parser.add_argument("--codec", help=f"train none, use this: {', '.join(CODECS)} or a weights file")
     parser.add_argument("--score", default=str(ASSETS / "test_mixtures"), help="fixed set to score it on")
     parser.add_argument("--out", type=Path, required=True)
