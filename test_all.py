@@ -319,11 +319,19 @@ def test_positions_are_those_of_attention_is_all_you_need():
     "wrong", [dict(n_heads=3), dict(n_speakers=1), dict(activation="swish"), dict(dropout=1.0), dict(n_layers=0)]
 )
 def test_a_config_that_cannot_be_built_is_refused(wrong):
-    with pytest.raises(ValueError):
-        CodecformerConfig(**wrong)
-    if "activation" not in wrong:
-        with pytest.raises(ValueError):
-            SepformerConfig(**wrong)
+    for config in (CodecformerConfig, SepformerConfig):
+        with pytest.raises(ValueError, match=next(iter(wrong)) + " "):
+            config(**wrong)
+
+
+def test_a_config_that_one_separator_cannot_be_built_by_is_refused():
+    for config, wrong, message in (
+        (CodecformerConfig, dict(activation="swish"), "unknown activation"),
+        (SepformerConfig, dict(kernel=15), "kernel 15 must be even"),
+        (SepformerConfig, dict(chunk=0), "chunk is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(**wrong)
 
 
 # The codec is exact in time, length and level -------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Sepformer, the baseline: mixtures [B, T]  ->  estimates [B, S, T], on waveforms.
 
-    python -m recipes.sepformer       prints its size
-
 Attention is All You Need in Speech Separation (Subakan et al., 2021), https://arxiv.org/abs/2010.13154.
 """
 
@@ -23,6 +21,11 @@ class SepformerConfig(SeparatorConfig):
     n_blocks: int = 2
     chunk: int = 250  # frames; half of them shared with the next chunk
     kernel: int = 16  # samples; half of them shared with the next frame
+
+    def __post_init__(self):
+        super().__post_init__()
+        if any(size < 2 or size % 2 for size in (self.chunk, self.kernel)):
+            raise ValueError(f"chunk {self.chunk} and kernel {self.kernel} must be even, since halves are shared")
 
 
 class DualPathBlock(nn.Module):
@@ -95,7 +98,3 @@ class Sepformer(nn.Module):
         x = F.fold(x, (1, padded), (1, chunk), stride=(1, half))[:, :, 0, half : half + length]
         x = torch.relu(self.expand(self.gate_value(x) * self.gate(x)))
         return x.view(batch, self.config.n_speakers, width, length)
-
-
-if __name__ == "__main__":
-    print(f"{sum(p.numel() for p in Sepformer().parameters()):,} parameters, SpeechBrain's recipe has 25,679,361")
