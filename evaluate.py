@@ -226,7 +226,7 @@ def evaluate(args) -> None:
         "rows": rows, "n_mixtures": len(scores), "n_speakers": dataset.n_speakers,
         "checkpoints": {portable(path): {k: c[k] for k in facts} for path, c in checkpoints.items()},
         "codec": {k: getattr(codec, k) for k in ("name", "sample_rate", "codec_rate", "frame_rate", "bitrate", "lag")},
-        "data": portable(args.data), **provenance("evaluate.py"),
+        "data": portable(args.data), "mix_folder": dataset.folders[0].name, **provenance("evaluate.py"),
     }  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{len(scores)} mixtures of {dataset.n_speakers} speakers from {portable(args.data)}")
@@ -238,7 +238,7 @@ def evaluate(args) -> None:
         print("Rows: separator / what it hears (the clean mixture, the mixture behind the codec, or its latents, to")
         print("answer in latents) / where the RVQ is. Gains are over the clean mixture; c: the transmitted source.")
     else:
-        print(f"listen: {write_page(out, args.data, args.mix_folder).resolve().as_uri()}")
+        print(f"listen: {write_page(out, args.data).resolve().as_uri()}")
     print(f"results: {out / 'results.json'}")
 
 

@@ -58,7 +58,7 @@ def format_table(rows: dict) -> str:
 def portable(path) -> str:
     """A path for checkpoints and results: relative to the repository where it lies in there, else as given."""
     full = Path(path).resolve()
-    return full.relative_to(HERE).as_posix() if full.is_relative_to(HERE) else str(path)
+    return full.relative_to(HERE).as_posix() if full.is_relative_to(HERE) and full.exists() else str(path)
 
 
 def provenance(*program: str) -> dict[str, str]:
@@ -91,7 +91,7 @@ def figure(name: str, audio: np.ndarray, rate: int) -> str:
     )
 
 
-def write_page(out: Path, data, mix_folder: str | None = None) -> Path:
+def write_page(out: Path, data) -> Path:
     """Writes `out`/index.html from results.json, scores.jsonl and audio/ there, and the set `data`.
 
     Raises DataError if they are missing.
@@ -102,7 +102,7 @@ def write_page(out: Path, data, mix_folder: str | None = None) -> Path:
     except OSError as error:
         raise DataError(f"{out} holds no results of evaluate.py ({error.strerror}): give a folder of its own") from None
     rows, rate, sections = results["rows"], results["codec"]["sample_rate"], []
-    dataset, separator = FixedMixtures(data, rate, mix_folder=mix_folder), list(rows)[-1]
+    dataset, separator = FixedMixtures(data, rate, mix_folder=results.get("mix_folder")), list(rows)[-1]
     for index in np.linspace(0, len(dataset) - 1, min(N_LISTEN, len(dataset))).astype(int):
         item = dataset[index]
         columns = [figure("mixture", item["mixture"], rate)]
