@@ -25,7 +25,6 @@ import copy
 import csv
 import itertools
 import math
-import os
 import time
 from pathlib import Path
 
@@ -35,8 +34,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import choose_device, make_folder, mixed_precision, run_program
-from dac_wrapper import LEVEL, Codec, CodecError, load_file
+from checkpoint import SettingsError, at_least, choose_device, make_folder, mixed_precision, run_program, save
+from dac_wrapper import LEVEL, Codec, CodecError, first_line, load_file
 from data import Parser, SpeakerMixtures
 from evaluate import score
 from losses import si_sdr
@@ -146,7 +145,10 @@ def set_pairs(weight, matrix, paired_out=True, paired_in=True) -> None:
 
 
 class Examples:
-    """Batches [size, 1, T] by step, around the level that a codec is fed at; a share of `mixtures` is of two voices."""
+    """Batches [size, 1, T] by step, around the level that a codec is fed at.
+
+    mixtures: share of the draws that give one mixture; the others give its two voices.
+    """
 
     def __init__(self, voices: SpeakerMixtures, size: int, mixtures: float):
         self.voices, self.size, self.mixtures = voices, size, mixtures
@@ -252,14 +254,17 @@ def train(
     optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.8, 0.99), fused=True)
     step, spent = 0, 0.0
     if resume:
-        state = torch.load(out / "last.pt", map_location=device, weights_only=True)
-        codec.load_state_dict(state["codec"])
-        optimizer.load_state_dict(state["optimizer"])
-        books.counts, books.sums, step, spent, unquantised = (state[name] for name in RESUMED)
+        try:
+            state = torch.load(out / "last.pt", map_location=device, weights_only=True)
+            codec.load_state_dict(state["codec"])
+            optimizer.load_state_dict(state["optimizer"])
+            books.counts, books.sums, step, spent, unquantised = (state[name] for name in RESUMED)
+        except Exception as error:  # torch.load raises half a dozen types on a file that is not one of ours
+            raise SettingsError(f"{out}/last.pt can't be resumed ({first_line(error)}): choose another --out") from None
     make_folder(out)
     half = mixed_precision(device)
     encode, decode = (
-        torch.autocast(device.type, half, enabled=half is not None)(torch.compile(part) if compile else part)
+        torch.autocast(device.type, half, enabled=half is torch.bfloat16)(torch.compile(part) if compile else part)
         for part in (codec.encoder, codec.decoder)
     )
     batches = iter(DataLoader(
@@ -275,8 +280,7 @@ def train(
         if over >= 1 or time.monotonic() - saved > 60 * every:
             state = dict(zip(RESUMED, (books.counts, books.sums, step, total, unquantised)))
             state |= {"codec": codec.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state, out / "last.part")
-            os.replace(out / "last.part", out / "last.pt")
+            save(out / "last.pt", state)
             save_soundstream(copy.deepcopy(codec).half(), out / "codec.pth")
             means = {name: float(value) / seen if seen else math.nan for name, value in totals.items()}
             report(out / "log.csv", {"step": step, "minutes": total} | means | validate(codec, utterances))
@@ -325,16 +329,16 @@ def main() -> None:
     parser.add_argument("--valid", required=True, help="folder of other speakers")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", help="a small codec's weights file to start from")
-    parser.add_argument("--steps", type=int, default=10**6, help="after which the run ends")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="after which it ends, if that is sooner")
-    parser.add_argument("--mixtures", type=float, default=0.2, help="share of the examples that are of two voices")
+    parser.add_argument("--steps", type=at_least(1), default=10**6, help="after which the run ends")
+    parser.add_argument("--minutes", type=at_least(1e-9, float), default=math.inf, help="after which it ends if sooner")
+    parser.add_argument("--mixtures", type=float, default=0.2, help="share of draws of a mixture, not its two voices")
     parser.add_argument("--sums", type=float, default=0.6, help="share of the unquantised ones decoded from a sum")
-    parser.add_argument("--batch_size", type=int, default=16, help="examples a step")
-    parser.add_argument("--workers", type=int, default=1, help="processes that make examples")
+    parser.add_argument("--batch_size", type=at_least(1), default=16, help="examples a step")
+    parser.add_argument("--workers", type=at_least(0), default=1, help="processes that make examples")
     parser.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
     parser.add_argument("--every", type=float, default=5, help="minutes between checkpoints and validations")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
     for name, share in (("mixtures", args.mixtures), ("sums", args.sums)):
         if not 0 <= share <= 1:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import run_program
+from checkpoint import make_folder, run_program
 from dac_wrapper import ASSETS, LEVEL, Codec, CodecError, first_line, fold_weight_norm, import_dac
 from data import DataError, Parser, SpeakerMixtures, list_speakers
 from losses import si_sdr
@@ -134,6 +134,7 @@ def main() -> None:
         parser.error("--seconds must be at least 60, to fill the codebooks, and --seed at least 0")
     if Path(args.out).exists():
         raise DataError(f"{args.out} exists already: remove it or choose another --out")
+    make_folder(Path(args.out).parent)
     list_speakers(args.valid)  # raises at once where they are missing, not after the fit
     network = fit_codec(args.speech, args.seconds, args.seed)
     torch.save({name: tensor.half() for name, tensor in network.quantizer.state_dict().items()}, args.out)
