@@ -37,8 +37,8 @@ def draw(folders: dict, out) -> None:
         if trained:
             right.set_ylim(bottom=min(trained) - 0.5)  # an untrained separator's -15 dB would squeeze the rest
         figure.savefig(out, dpi=80)
-    except OSError as error:
-        raise SettingsError(f"can't draw the curves of {folder} ({error}): give folders of train.py") from None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"can't draw {out} of {folder} ({error}): give folders of train.py, a .png") from None
 
 
 def main() -> None:

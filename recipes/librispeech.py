@@ -7,12 +7,11 @@ The folder is searched for SPEAKER-CHAPTER-UTTERANCE.flac at any depth, so that 
 """
 
 import re
-from pathlib import Path
 
 import soundfile as sf
 from tqdm import tqdm
 
-from checkpoint import run_program
+from checkpoint import at_least, run_program
 from data import DataError, Parser, list_audio, read_audio, resample
 from recipes.mix import new_folder
 
@@ -36,7 +35,7 @@ def build(librispeech, out, sample_rate: int = 8000) -> dict[str, int]:
             speaker = path.stem.split("-")[0]
             split = "valid" if speaker in VALID else "test" if speaker in TEST else "train"
             audio, rate = read_audio(path)
-            target = folder / split / speaker / path.name
+            target = folder / split / speaker / f"{path.stem}.flac"
             target.parent.mkdir(parents=True, exist_ok=True)
             sf.write(target, resample(audio, rate, sample_rate).clip(-1, 1), sample_rate, subtype="PCM_16")
         return {split.name: len(list(split.iterdir())) for split in folder.iterdir()}
@@ -46,12 +45,10 @@ def main() -> None:
     parser = Parser(description="Builds folders of training, validation and test speakers from LibriSpeech.")
     parser.add_argument("--librispeech", required=True, help="train-clean-100, or a folder of some of its utterances")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--sample_rate", type=int, default=8000, help="Hz")
+    parser.add_argument("--sample_rate", type=at_least(1000), default=8000, help="Hz")
     args = parser.parse_args()
-    if not Path(args.librispeech).is_dir():
-        raise DataError(f"no folder {args.librispeech}: give LibriSpeech's train-clean-100")
     counts = build(args.librispeech, args.out, args.sample_rate)
-    print(f"{args.out}: speakers " + ", ".join(f"{split} {counts[split]}" for split in ("train", "valid", "test")))
+    print(f"{args.out}: speakers", ", ".join(f"{name} {counts.get(name, 0)}" for name in ("train", "valid", "test")))
 
 
 if __name__ == "__main__":

@@ -3,40 +3,33 @@
     python -m recipes.mix --speech DIR --out set --n 3000 --n_speakers 3 --noise DIR
 """
 
-import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-from checkpoint import run_program
+from checkpoint import at_least, make_folder, run_program
 from data import WHAM_SNR, DataError, Parser, SpeakerMixtures
 
 
-class new_folder:
-    """Context: a temporary folder beside `out` that takes its name only if all went well."""
-
-    def __init__(self, out):
-        self.out = Path(out)
-
-    def __enter__(self) -> Path:
-        if self.out.exists():
-            raise DataError(f"{self.out} exists already: remove it or choose another --out")
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
-            self.temporary.chmod(0o755)
-        except OSError as error:
-            raise DataError(f"can't write to {self.out.parent}: {error.strerror}") from None
-        return self.temporary
-
-    def __exit__(self, error_type, *_):
-        if error_type is None:
-            self.temporary.rename(self.out)
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+@contextmanager
+def new_folder(out):
+    """Context: a temporary folder beside `out` that takes its name only if all went well. Raises DataError."""
+    out = Path(out)
+    if out.exists():
+        raise DataError(f"{out} exists already: remove it or choose another --out")
+    try:
+        make_folder(out.parent)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+            folder = Path(temporary) / out.name
+            folder.mkdir()
+            yield folder
+            folder.rename(out)
+    except (OSError, sf.LibsndfileError) as error:
+        raise DataError(f"can't write {out} ({error}): make room, or choose another --out") from None
 
 
 def write_fixed_set(mixtures, out) -> None:
@@ -63,16 +56,14 @@ def main() -> None:
     parser = Parser(description="Writes a fixed set of mixtures.")
     parser.add_argument("--speech", required=True, help="folder with one folder per speaker")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--n", type=int, default=48, help="number of mixtures")
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--n", type=at_least(1), default=48, help="number of mixtures")
+    parser.add_argument("--seconds", type=at_least(0.1, float), default=4.0)
     parser.add_argument("--n_speakers", type=int, default=2, help="2 to 5")
     parser.add_argument("--noise", help="folder of recordings to add as noise")
     parser.add_argument("--snr", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range in dB, speech over noise")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sample_rate", type=int, default=8000)
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--sample_rate", type=at_least(1000), default=8000)
     args = parser.parse_args()
-    if args.n < 1 or args.sample_rate < 1000 or args.seconds < 0.1 or args.seed < 0:
-        raise DataError("--n is at least 1, --sample_rate 1000, --seconds 0.1, --seed 0")
     if args.snr and not args.noise:
         raise DataError("--snr needs --noise, a folder of recordings")
     settings = (args.sample_rate, args.seconds, args.n, args.seed, args.n_speakers)

@@ -8,7 +8,7 @@ import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-from checkpoint import run_program
+from checkpoint import at_least, run_program
 from data import DataError, Parser, list_speakers, read_audio, resample
 from recipes.mix import new_folder
 
@@ -48,13 +48,13 @@ def main() -> None:
     parser = Parser(description="Packs voices into a small folder.")
     parser.add_argument("--speech", required=True, help="folder with one folder per speaker")
     parser.add_argument("--speakers", nargs="+", default=[], help="which of them; all by default")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of each at most")
+    parser.add_argument("--minutes", type=at_least(0.01, float), default=8.0, help="of each at most")
     parser.add_argument("--loss", type=float, default=0.0, help="0 (39 kbit/s, 29 dB SI-SDR) to 1 (smaller, worse)")
     parser.add_argument("--wav", action="store_true", help="write 16-bit WAV")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    if not 0 <= args.loss <= 1 or args.minutes <= 0:
-        parser.error("--loss lies between 0 and 1, and --minutes above 0")
+    if not 0 <= args.loss <= 1:
+        parser.error("--loss lies between 0 and 1")
     pack(**vars(args))
 
 
