@@ -187,12 +187,13 @@ def read_flags(argv, folder=Path()) -> list[str]:
     return flags
 
 
-def at_least(least: float, kind=int):
-    """A type of flags: a finite number that is no smaller."""
+def at_least(least: float, kind=int, most: float = sys.float_info.max):
+    """A type of flags: a finite number that is no smaller, nor greater than `most`."""
 
     def read(text: str):
-        if not least <= (value := kind(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be at least {least:g}")
+        if not least <= (value := kind(text)) <= most:
+            most_too = f" and at most {most:g}" * (most < sys.float_info.max)
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be at least {least:g}{most_too}")
         return value
 
     return read
@@ -210,7 +211,7 @@ def make_parser(model: str) -> Parser:
     add("--valid", help="folder of speakers or fixed set, for validation")
     add("--sample_rate", type=int, default=8000, help="Hz, of the data and the estimates")
     add("--seconds", type=at_least(0.1, float), default=4.0, help="length of a training segment")
-    add("--speeds", type=at_least(25), nargs="+", help="percent, drawn per source")
+    add("--speeds", type=at_least(25, most=400), nargs="+", help="percent, drawn per source")
     add("--n_speakers", type=int, default=2, help="of a mixture")
     add("--mix_folder", choices=MIX_FOLDERS, help="of a fixed set, where it has several")
     add("--noise", help="folder of noise for mixtures drawn on the fly")

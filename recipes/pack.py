@@ -49,13 +49,10 @@ def main() -> None:
     parser.add_argument("--speech", required=True, help="folder with one folder per speaker")
     parser.add_argument("--speakers", nargs="+", default=[], help="which of them; all by default")
     parser.add_argument("--minutes", type=at_least(0.01, float), default=8.0, help="of each at most")
-    parser.add_argument("--loss", type=float, default=0.0, help="0 (39 kbit/s, 29 dB SI-SDR) to 1 (smaller, worse)")
+    parser.add_argument("--loss", type=at_least(0, float, 1), default=0.0, help="0: 39 kbit/s, 29 dB SI-SDR; 1: worst")
     parser.add_argument("--wav", action="store_true", help="write 16-bit WAV")
     parser.add_argument("--out", required=True)
-    args = parser.parse_args()
-    if not 0 <= args.loss <= 1:
-        parser.error("--loss lies between 0 and 1")
-    pack(**vars(args))
+    pack(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -145,10 +145,7 @@ def set_pairs(weight, matrix, paired_out=True, paired_in=True) -> None:
 
 
 class Examples:
-    """Batches [size, 1, T] by step, around the level that a codec is fed at.
-
-    mixtures: share of the draws that give one mixture; the others give its two voices.
-    """
+    """Batches [size, 1, T] by step, around a codec's level; a share `mixtures` of the draws stay mixed."""
 
     def __init__(self, voices: SpeakerMixtures, size: int, mixtures: float):
         self.voices, self.size, self.mixtures = voices, size, mixtures
@@ -324,15 +321,15 @@ def train(
 
 
 def main() -> None:
-    parser = Parser(description="Trains a small codec of one's own.")
+    parser, share = Parser(description="Trains a small codec of one's own."), at_least(0, float, 1)
     parser.add_argument("--data", required=True, help="folder with one folder per speaker")
     parser.add_argument("--valid", required=True, help="folder of other speakers")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", help="a small codec's weights file to start from")
     parser.add_argument("--steps", type=at_least(1), default=10**6, help="after which the run ends")
     parser.add_argument("--minutes", type=at_least(1e-9, float), default=math.inf, help="after which it ends if sooner")
-    parser.add_argument("--mixtures", type=float, default=0.2, help="share of draws of a mixture, not its two voices")
-    parser.add_argument("--sums", type=float, default=0.6, help="share of the unquantised ones decoded from a sum")
+    parser.add_argument("--mixtures", type=share, default=0.2, help="share of the drawn mixtures that are not taken apart")
+    parser.add_argument("--sums", type=share, default=0.6, help="share of the unquantised ones decoded from a sum")
     parser.add_argument("--batch_size", type=at_least(1), default=16, help="examples a step")
     parser.add_argument("--workers", type=at_least(0), default=1, help="processes that make examples")
     parser.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
@@ -340,9 +337,6 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
-    for name, share in (("mixtures", args.mixtures), ("sums", args.sums)):
-        if not 0 <= share <= 1:
-            parser.error(f"--{name} is a share from 0 to 1, not {share:g}")
     if args.resume and args.init:
         parser.error("--init starts a new run, --resume goes on with one: give one of them")
     if args.resume != (args.out / "last.pt").exists():
