@@ -196,6 +196,7 @@ def at_least(least: float, kind=int, most: float = sys.float_info.max):
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be at least {least:g}{most_too}")
         return value
 
+    read.__name__ = kind.__name__  # for argparse's message on what is no number
     return read
 
 

@@ -2523,6 +2523,8 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         ("recipes.mix", ["--speech", SPEECH, "--seconds", "nan", *out], "--seconds: nan is out of range"),
         ("recipes.librispeech", ["--librispeech", tmp_path / "none", *out], "lacks 40 of the 40"),
         ("recipes.train_codec", ["--data", SPEECH, "--valid", SPEECH, "--steps", 0, *out], "--steps: 0 is out of"),
+        ("recipes.train_codec", ["--data", SPEECH, "--valid", SPEECH, "--sums", 2, *out], "0 and at most 1"),
+        ("recipes.pack", ["--speech", SPEECH, "--minutes", "two", *out], "--minutes: invalid float value: 'two'"),
         ("recipes.train_codec", ["--data", SPEECH, "--valid", SPEECH, "--resume", "--out", trained], "can't be resu"),
         ("recipes.wsj0_mix", ["--wsj0", tmp_path, *out], "either --lists"),
     ]:  # fmt: skip

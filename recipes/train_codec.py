@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--init", help="a small codec's weights file to start from")
     parser.add_argument("--steps", type=at_least(1), default=10**6, help="after which the run ends")
     parser.add_argument("--minutes", type=at_least(1e-9, float), default=math.inf, help="after which it ends if sooner")
-    parser.add_argument("--mixtures", type=share, default=0.2, help="share of the drawn mixtures that are not taken apart")
+    parser.add_argument("--mixtures", type=share, default=0.2, help="share of mixtures drawn that stay mixed")
     parser.add_argument("--sums", type=share, default=0.6, help="share of the unquantised ones decoded from a sum")
     parser.add_argument("--batch_size", type=at_least(1), default=16, help="examples a step")
     parser.add_argument("--workers", type=at_least(0), default=1, help="processes that make examples")
