@@ -138,13 +138,12 @@ def separate_file(model, codec, path: Path, targets: list[Path], rvq=(False, Fal
             tail = estimates[:, following - start :]
 
 
-def find_recordings(paths, out: Path) -> dict[Path, Path]:
-    """{recording: its path in `out`, without ending}, of files and of all below folders that are not below `out`."""
+def find_recordings(paths) -> dict[Path, Path]:
+    """{recording: its path in --out, without ending}, of files and of all recordings below folders."""
     found = {}
     for path in map(Path, paths):
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in READ_DIRECTLY | READ_BY_FFMPEG)
-            files = [p for p in files if not p.resolve().is_relative_to(out.resolve())]
             if not files:
                 raise DataError(f"{path} holds no recordings: give files or another folder")
             found |= {file: file.relative_to(path).with_suffix("") for file in files}
@@ -161,16 +160,15 @@ def main() -> None:
     parser.add_argument("--out", default="separated", help="folder to write to")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which lets files be cleared away
-    out = Path(args.out)
-    recordings = find_recordings(args.recordings, out)
+    recordings = find_recordings(args.recordings)
     model, codec, checkpoint = load_separator(args.ckpt, choose_device(), args.codec)
-    targets = {}
+    targets, out = {}, Path(args.out)
     for path, name in recordings.items():
         targets[path] = [out / name.parent / f"{name.name}_s{k + 1}.wav" for k in range(model.config.n_speakers)]
     taken = {path.resolve() for path in recordings}
     for target in (target for of_one in targets.values() for target in of_one):
-        if target.resolve() in taken:
-            raise SettingsError(f"{target} would be written over: separate that recording into another --out")
+        if target.exists() or target.resolve() in taken:
+            raise SettingsError(f"{target} would be written over: remove it, or choose another --out")
         taken.add(target.resolve())
     make_folder(out)
     errors, rvq = [], (checkpoint["quantize_before"], checkpoint["quantize_after"])
