@@ -117,7 +117,7 @@ def check_codec(checkpoint: dict, path, codec: Codec) -> None:
     trained_on = checkpoint["codec"]
     if codec.fingerprint != trained_on["fingerprint"]:
         other = f"another codec than {codec.name} ({trained_on['name']}, weights {trained_on['fingerprint']})"
-        raise SettingsError(f"{path} was trained on {other}: give that one with --codec")
+        raise SettingsError(f"{path} was trained on {other}: give that with --codec, or checkpoints of one codec")
 
 
 def build_model(settings: dict, latent_dim: int) -> torch.nn.Module:

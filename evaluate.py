@@ -188,8 +188,7 @@ def evaluate(args) -> None:
     on_latents = [path for path, (model, *_) in zip(checkpoints, models.values()) if model.on_latents]
     first = checkpoints[(on_latents or args.ckpt)[0]]
     codec = Codec.load(args.codec or first["codec"]["name"], first["sample_rate"], device)
-    if args.n_codebooks is not None:
-        codec.use_codebooks(args.n_codebooks)
+    codec.use_codebooks(codec.n_codebooks if args.n_codebooks is None else args.n_codebooks)
     for path in on_latents:
         check_codec(checkpoints[path], path, codec)
     dataset = FixedMixtures(args.data, codec.sample_rate, mix_folder=args.mix_folder)
@@ -209,13 +208,12 @@ def evaluate(args) -> None:
     digest = digest.hexdigest()[:12]
     label = "_".join([*models, dataset.root.resolve().name, *["situations"] * args.situations, digest[:6]])
     out = Path(args.out or Path("results") / label)
-    mark = out / "made_from.json"
-    made_from = json.loads(mark.read_text())["digest"] if mark.exists() else None
-    if made_from != digest and out.is_dir() and any(path.is_file() for path in out.iterdir()):
-        other = "scores of another checkpoint, set, flags or code" if made_from else "files that are no scores"
-        raise SettingsError(f"{out} holds {other}: choose another --out")
+    mark, made_from = out / "made_from.json", json.dumps({"digest": digest}) + "\n"
+    same = mark.exists() and mark.read_text() == made_from
+    if not same and out.is_dir() and any(path.is_file() for path in out.iterdir()):
+        raise SettingsError(f"{out} has other files or scores of other checkpoints, sets, flags or code: change --out")
     make_folder(out / "audio")
-    mark.write_text(json.dumps({"digest": digest}) + "\n")
+    mark.write_text(made_from)
 
     columns = SITUATION_COLUMNS if args.situations else COLUMNS
     rows_of = lambda item: make_rows(models, codec, item, args.situations)  # noqa: E731

@@ -2125,14 +2125,15 @@ def test_evaluate_writes_all_it_promises(trained, small_set, tmp_path, monkeypat
     # Another set, or other flags, have a folder of their own.
     other = tmp_path / "other"
     write_fixed_set(SpeakerMixtures(SPEECH.parent / "valid", 8000, 1.0, 1), other)
-    assert "another checkpoint, set," in mistake(monkeypatch, capsys, "evaluate", *flags, "--data", other)
+    assert "scores of other checkpoints" in mistake(monkeypatch, capsys, "evaluate", *flags, "--data", other)
     (other / "notes.txt").touch()
-    assert "files that are no scores" in mistake(monkeypatch, capsys, "evaluate", *flags[:-1], other)
+    assert "has other files or scores" in mistake(monkeypatch, capsys, "evaluate", *flags[:-1], other)
     monkeypatch.chdir(tmp_path)
     program("evaluate", monkeypatch, "--ckpt", trained / "best.pt", "--data", other)
     program("evaluate", monkeypatch, "--ckpt", trained / "best.pt", "--data", small_set)
     assert len(list((tmp_path / "results").iterdir())) == 2
-    program("recipes.report", monkeypatch, out, "--data", small_set)
+    (out / "index.html").unlink()
+    program("recipes.report", monkeypatch, out)
     assert (out / "index.html").read_text() == page
     # So has a set whose files only look the same, and other code.
     source = min((other / "s1").iterdir())
@@ -2141,7 +2142,7 @@ def test_evaluate_writes_all_it_promises(trained, small_set, tmp_path, monkeypat
     program("evaluate", monkeypatch, "--ckpt", trained / "best.pt", "--data", other)
     assert len(list((tmp_path / "results").iterdir())) == 3
     monkeypatch.setattr(evaluate, "HERE", tmp_path)
-    assert "flags or code: choose another" in mistake(monkeypatch, capsys, "evaluate", *flags)
+    assert "flags or code: change --out" in mistake(monkeypatch, capsys, "evaluate", *flags)
 
 
 def test_short_and_silent_mixtures_do_not_end_the_scoring(trained, tmp_path, monkeypatch, capsys, scored_here):

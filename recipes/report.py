@@ -1,6 +1,6 @@
 """The table and the listening page of a folder of results, which evaluate.py makes and this makes anew.
 
-    python -m recipes.report results/NAME --data SET
+    python -m recipes.report results/NAME
 
 The page has players and spectrograms of a few mixtures, evenly spaced through the set, and opens without a server.
 """
@@ -91,10 +91,10 @@ def figure(name: str, audio: np.ndarray, rate: int) -> str:
     )
 
 
-def write_page(out: Path, data) -> Path:
-    """Writes `out`/index.html from results.json, scores.jsonl and audio/ there, and the set `data`.
+def write_page(out: Path, data=None) -> Path:
+    """Writes `out`/index.html from results.json, scores.jsonl and audio/ there, and the set that was scored.
 
-    Raises DataError if they are missing.
+    data: where that lies now. Raises DataError if they are missing.
     """
     try:
         results = json.loads((out / "results.json").read_text())
@@ -102,7 +102,8 @@ def write_page(out: Path, data) -> Path:
     except OSError as error:
         raise DataError(f"{out} holds no results of evaluate.py ({error.strerror}): give a folder of its own") from None
     rows, rate, sections = results["rows"], results["codec"]["sample_rate"], []
-    dataset, separator = FixedMixtures(data, rate, mix_folder=results.get("mix_folder")), list(rows)[-1]
+    separator, mix_folder = list(rows)[-1], results.get("mix_folder")
+    dataset = FixedMixtures(data or HERE / results["data"], rate, mix_folder=mix_folder)
     for index in np.linspace(0, len(dataset) - 1, min(N_LISTEN, len(dataset))).astype(int):
         item = dataset[index]
         columns = [figure("mixture", item["mixture"], rate)]
@@ -124,7 +125,7 @@ def write_page(out: Path, data) -> Path:
 def main() -> None:
     parser = Parser(description="Prints the table and makes the listening page of a folder of results.")
     parser.add_argument("results", help="folder of evaluate.py")
-    parser.add_argument("--data", default=str(ASSETS / "test_mixtures"), help="the set that was scored")
+    parser.add_argument("--data", help="the set that was scored, where it has moved")
     args = parser.parse_args()
     page = write_page(Path(args.results), args.data)
     print(format_table(json.loads((page.parent / "results.json").read_text())["rows"]))
