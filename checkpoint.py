@@ -187,13 +187,12 @@ def read_flags(argv, folder=Path()) -> list[str]:
     return flags
 
 
-def at_least(least: float, kind=int, most: float = sys.float_info.max):
+def at_least(least: float, kind=int, most: float = math.inf):
     """A type of flags: a finite number that is no smaller, nor greater than `most`."""
 
     def read(text: str):
-        if not least <= (value := kind(text)) <= most:
-            most_too = f" and at most {most:g}" * (most < sys.float_info.max)
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be at least {least:g}{most_too}")
+        if not least <= (value := kind(text)) <= min(most, sys.float_info.max):
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must lie in {least:g} to {most:g}")
         return value
 
     read.__name__ = kind.__name__  # for argparse's message on what is no number
@@ -288,8 +287,9 @@ def resumed_settings(given: dict, checkpoint: dict, world: int):
         given = f"{world} process(es), --batch_size {args.batch_size} and --accumulate {args.accumulate}"
         raise SettingsError(f"{given} make {now} mixtures an update, the run has {before}: their product must stay")
     ended = checkpoint["progress"]["validated"] >= checkpoint["end"]
-    if ended and not {"epochs", "max_steps", "minutes"} & given.keys():
-        raise SettingsError(f"the run has ended after {checkpoint['end']} updates: raise --epochs, --minutes ...")
+    limits = {"max_steps"} if saved["max_steps"] == checkpoint["end"] else {"epochs", "minutes"}
+    if ended and not limits & given.keys():
+        raise SettingsError(f"the run has ended after {checkpoint['end']} updates: raise --{' or --'.join(limits)}")
     return args, changes
 
 
@@ -308,8 +308,8 @@ class RunFolder:
         """The checkpoint to go on from."""
         begun = self.last.exists() or (not resume and (self.path / "best.pt").exists())
         if resume != begun:
-            why = "no last.pt, so nothing to resume" if resume else "a run already, to go on with by --resume"
-            raise SettingsError(f"{self.path} holds {why}: or choose another --out")
+            why = "no last.pt, so nothing to resume: give" if resume else "a run already: go on by --resume, or choose"
+            raise SettingsError(f"{self.path} holds {why} another --out")
         checkpoint = load_checkpoint(self.last) if resume else None
         if resume and "progress" not in checkpoint:
             raise SettingsError(f"{self.last} is no last.pt of this version: start from it by --init")

@@ -154,6 +154,8 @@ class SpeakerMixtures:
             raise DataError(f"speeds are percentages from 25 to 400, not {list(speeds)}")
         if not -math.inf < snr[0] <= snr[1] < math.inf:
             raise DataError(f"--snr is a range in dB from low to high, not from {snr[0]:g} to {snr[1]:g}")
+        if noise is None and tuple(snr) != WHAM_SNR:
+            raise DataError("--snr needs --noise, a folder of recordings")
         self.headers = read_headers([path for files in self.speakers.values() for path in files])
         self.found = describe(root, self.headers, f"{len(self.speakers)} speakers, {len(self.headers)} files")
         self.snr, self.noise = snr, list_audio(noise) if noise is not None else []

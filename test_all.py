@@ -1655,6 +1655,8 @@ def test_a_smoke_run_ends_where_it_is_told_and_goes_on_as_if_it_had_not(schedule
     assert [(r["epoch"], r["step"]) for r in logged(tmp_path / "part")] == [("0", "0"), ("0", "2")]
     with pytest.raises(SettingsError, match="has ended after 2 updates"):
         train.train(*parse_args(["--resume", "--out", str(tmp_path / "part")]))
+    with pytest.raises(SettingsError, match="raise --max_steps"):  # raising the epochs would change nothing
+        train.train(*parse_args(["--resume", "--out", str(tmp_path / "part"), "--epochs", "3"]))
     train.train(*parse_args(["--resume", "--out", str(tmp_path / "part"), "--max_steps", "100"]))
     whole, part = (logged(tmp_path / name, "steps.csv") for name in ("whole", "part"))
     assert len(whole) == 6 and whole == part
@@ -2492,6 +2494,7 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         ("train", ["--out", trained], "holds a run already"),
         ("train", ["--out", tmp_path / "kept"], "holds a run already"),
         ("train", ["--speeds", "0", "100", *out], "--speeds: 0 is out of range"),
+        ("train", ["--snr", 0, 5, *out], "--snr needs --noise"),
         ("train", ["--codec", "bundled", "--loss_seconds", "0.1", "--seconds", "0.1", *out], "raise --seconds"),
         ("train", [f"@{blocked}", *out], "give a file of flags"),
         ("train", ["--out", blocked / "run"], "can't write"),
@@ -2522,7 +2525,7 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         ("recipes.mix", ["--speech", SPEECH, "--seconds", "nan", *out], "--seconds: nan is out of range"),
         ("recipes.librispeech", ["--librispeech", tmp_path / "none", *out], "lacks 40 of the 40"),
         ("recipes.train_codec", ["--data", SPEECH, "--valid", SPEECH, "--steps", 0, *out], "--steps: 0 is out of"),
-        ("recipes.train_codec", ["--data", SPEECH, "--valid", SPEECH, "--sums", 2, *out], "0 and at most 1"),
+        ("recipes.train_codec", ["--data", SPEECH, "--valid", SPEECH, "--sums", 2, *out], "must lie in 0 to 1"),
         ("recipes.pack", ["--speech", SPEECH, "--minutes", "two", *out], "--minutes: invalid float value: 'two'"),
         ("recipes.train_codec", ["--data", SPEECH, "--valid", SPEECH, "--resume", "--out", trained], "can't be resu"),
         ("recipes.wsj0_mix", ["--wsj0", tmp_path, *out], "either --lists"),

@@ -64,8 +64,6 @@ def main() -> None:
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--sample_rate", type=at_least(1000), default=8000)
     args = parser.parse_args()
-    if args.snr and not args.noise:
-        raise DataError("--snr needs --noise, a folder of recordings")
     settings = (args.sample_rate, args.seconds, args.n, args.seed, args.n_speakers)
     mixtures = SpeakerMixtures(args.speech, *settings, noise=args.noise, snr=args.snr or WHAM_SNR)
     write_fixed_set(mixtures, args.out)
