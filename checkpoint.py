@@ -287,8 +287,8 @@ def resumed_settings(given: dict, checkpoint: dict, world: int):
         given = f"{world} process(es), --batch_size {args.batch_size} and --accumulate {args.accumulate}"
         raise SettingsError(f"{given} make {now} mixtures an update, the run has {before}: their product must stay")
     ended = checkpoint["progress"]["validated"] >= checkpoint["end"]
-    limits = {"max_steps"} if saved["max_steps"] == checkpoint["end"] else {"epochs", "minutes"}
-    if ended and not limits & given.keys():
+    limits = ("max_steps",) if saved["max_steps"] == checkpoint["end"] else ("epochs", "minutes")
+    if ended and not given.keys() & set(limits):
         raise SettingsError(f"the run has ended after {checkpoint['end']} updates: raise --{' or --'.join(limits)}")
     return args, changes
 

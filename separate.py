@@ -168,7 +168,7 @@ def main() -> None:
     taken = {path.resolve() for path in recordings}
     for target in (target for of_one in targets.values() for target in of_one):
         if target.exists() or target.resolve() in taken:
-            raise SettingsError(f"{target} would be written over: remove it, or choose another --out")
+            raise SettingsError(f"{target} would be written over: move it away, or give another --out")
         taken.add(target.resolve())
     make_folder(out)
     errors, rvq = [], (checkpoint["quantize_before"], checkpoint["quantize_after"])

@@ -2383,7 +2383,7 @@ def test_folders_are_walked_and_ffmpeg_decodes_what_libsndfile_cannot(trained, t
     for recordings, message in (
         ([tmp_path / "empty"], "holds no recordings"),
         ([tmp_path / "in" / "day" / "a.wav", tmp_path / "in" / "night" / "a.wav"], "a_s1.wav would be written over"),
-        ([tmp_path / "in"], "call_s1.wav would be written over: remove it"),
+        ([tmp_path / "in"], "call_s1.wav would be written over: move it away"),
     ):
         with pytest.raises((DataError, SettingsError), match=message):
             program("separate", monkeypatch, *recordings, "--ckpt", trained / "best.pt", "--out", tmp_path / "out")

@@ -259,7 +259,7 @@ def train(
         except Exception as error:  # torch.load raises half a dozen types on a file that is not one of ours
             raise SettingsError(f"{out}/last.pt can't be resumed ({first_line(error)}): choose another --out") from None
     make_folder(out)
-    half = mixed_precision(device)
+    half = mixed_precision(device)  # used where it is bf16: with fp16 the loss would have to be scaled
     encode, decode = (
         torch.autocast(device.type, half, enabled=half is torch.bfloat16)(torch.compile(part) if compile else part)
         for part in (codec.encoder, codec.decoder)
