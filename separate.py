@@ -139,11 +139,12 @@ def separate_file(model, codec, path: Path, targets: list[Path], rvq=(False, Fal
 
 
 def find_recordings(paths) -> dict[Path, Path]:
-    """{recording: its path in --out, without ending}, of files and of all recordings below folders."""
+    """{recording: its path in --out, without ending}, of files and of all recordings below folders, not hidden ones."""
     found = {}
     for path in map(Path, paths):
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in READ_DIRECTLY | READ_BY_FFMPEG)
+            files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
             if not files:
                 raise DataError(f"{path} holds no recordings: give files or another folder")
             found |= {file: file.relative_to(path).with_suffix("") for file in files}

@@ -2370,6 +2370,7 @@ def test_folders_are_walked_and_ffmpeg_decodes_what_libsndfile_cannot(trained, t
     write_tone(tmp_path / "in" / "night" / "a.wav", 300)
     (tmp_path / "in" / "call.m4a").write_bytes(bytes(100))
     (tmp_path / "in" / "notes.txt").touch()
+    write_tone(tmp_path / "in" / ".venv" / "test.wav", 300)
     fake = tmp_path / "bin" / "ffmpeg"
     fake.parent.mkdir()
     fake.write_text(f"#!/bin/sh\nfor last; do :; done\ncp '{tmp_path}/in/day/a.wav' \"$last\"\n")

@@ -29,7 +29,7 @@ def call(*command, log: Path | None = None) -> None:
         words = [sys.executable, *map(str, command)]
         if status := subprocess.run(words, stdout=file, stderr=file).returncode:
             said = log.read_text().strip() if log else "see above"
-            why = (re.findall("error: .*", said) or [said])[-1].splitlines()[-1]  # a progress bar may come after it
+            why = (re.findall("error: (.*)", said) or [said])[-1].splitlines()[-1]  # a progress bar may come after it
             raise SettingsError(f"{' '.join(words[1:3])} ended with status {status}: {why}" + f" ({log})" * bool(log))
 
 
