@@ -143,7 +143,7 @@ class SpeakerMixtures:
 
     def __init__(
         self, root, sample_rate, seconds=4.0, size=1000, seed=0, n_speakers=2, speeds=(100,), level_range=5.0,
-        noise=None, snr=WHAM_SNR,
+        noise=None, snr=None,
     ):  # fmt: skip
         self.speakers = list_speakers(root)
         if not 2 <= n_speakers <= 5:
@@ -152,13 +152,13 @@ class SpeakerMixtures:
             raise DataError(f"{root} holds {len(self.speakers)} speakers, mixtures of {n_speakers} need as many")
         if not all(25 <= s <= 400 for s in speeds):
             raise DataError(f"speeds are percentages from 25 to 400, not {list(speeds)}")
-        if not -math.inf < snr[0] <= snr[1] < math.inf:
-            raise DataError(f"--snr is a range in dB from low to high, not from {snr[0]:g} to {snr[1]:g}")
-        if noise is None and tuple(snr) != WHAM_SNR:
+        if snr and noise is None:
             raise DataError("--snr needs --noise, a folder of recordings")
+        self.snr, self.noise = snr or WHAM_SNR, list_audio(noise) if noise is not None else []
+        if not -math.inf < self.snr[0] <= self.snr[1] < math.inf:
+            raise DataError("--snr is a range in dB from low to high, not from {:g} to {:g}".format(*self.snr))
         self.headers = read_headers([path for files in self.speakers.values() for path in files])
         self.found = describe(root, self.headers, f"{len(self.speakers)} speakers, {len(self.headers)} files")
-        self.snr, self.noise = snr, list_audio(noise) if noise is not None else []
         self.headers |= read_headers(self.noise)
         if noise is not None and not self.noise:
             raise DataError(f"{noise} holds no wav, flac, ogg or opus files to use as noise")

@@ -2496,6 +2496,7 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp
         ("train", ["--out", tmp_path / "kept"], "holds a run already"),
         ("train", ["--speeds", "0", "100", *out], "--speeds: 0 is out of range"),
         ("train", ["--snr", 0, 5, *out], "--snr needs --noise"),
+        ("recipes.mix", ["--speech", SPEECH, "--snr", -6, 3, *out], "--snr needs --noise"),  # WHAM!'s own, too
         ("train", ["--codec", "bundled", "--loss_seconds", "0.1", "--seconds", "0.1", *out], "raise --seconds"),
         ("train", [f"@{blocked}", *out], "give a file of flags"),
         ("train", ["--out", blocked / "run"], "can't write"),

@@ -12,7 +12,7 @@ import soundfile as sf
 from tqdm import tqdm
 
 from checkpoint import at_least, make_folder, run_program
-from data import WHAM_SNR, DataError, Parser, SpeakerMixtures
+from data import DataError, Parser, SpeakerMixtures
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--sample_rate", type=at_least(1000), default=8000)
     args = parser.parse_args()
     settings = (args.sample_rate, args.seconds, args.n, args.seed, args.n_speakers)
-    mixtures = SpeakerMixtures(args.speech, *settings, noise=args.noise, snr=args.snr or WHAM_SNR)
+    mixtures = SpeakerMixtures(args.speech, *settings, noise=args.noise, snr=args.snr)
     write_fixed_set(mixtures, args.out)
 
 
