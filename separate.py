@@ -163,14 +163,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which lets files be cleared away
     recordings = find_recordings(args.recordings)
     model, codec, checkpoint = load_separator(args.ckpt, choose_device(), args.codec)
-    targets, out = {}, Path(args.out)
+    targets, taken, out = {}, {path.resolve() for path in recordings}, Path(args.out)
     for path, name in recordings.items():
         targets[path] = [out / name.parent / f"{name.name}_s{k + 1}.wav" for k in range(model.config.n_speakers)]
-    taken = {path.resolve() for path in recordings}
-    for target in (target for of_one in targets.values() for target in of_one):
-        if target.exists() or target.resolve() in taken:
-            raise SettingsError(f"{target} would be written over: move it away, or give another --out")
-        taken.add(target.resolve())
+        for target in targets[path]:
+            if target.exists() or target.resolve() in taken:
+                raise SettingsError(f"{target} would be written over: move it away, or give another --out")
+            taken.add(target.resolve())
     make_folder(out)
     errors, rvq = [], (checkpoint["quantize_before"], checkpoint["quantize_after"])
     for path in tqdm(recordings, desc="separating", unit="file"):

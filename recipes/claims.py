@@ -73,9 +73,9 @@ def flags_of(args) -> dict[str, list]:
     return {run: [*(args.noise if f == "NOISE" else f for f in flags), *common] for run, flags in chosen.items()}
 
 
-def make(folder: Path, *command, log: Path) -> None:
-    """Calls the recipe that writes `folder`, unless that is there already. Raises SettingsError."""
-    if not folder.exists():
+def make(folder: Path, *command, log: Path, last: str = "") -> None:
+    """Calls the module that writes `folder`, unless that is there, with what it writes `last`. Raises SettingsError."""
+    if not (folder / last).exists():
         call("-m", *command, "--out", folder, log=log)
 
 
@@ -102,9 +102,8 @@ def score(runs: dict, out: Path, speech: str, noise: str) -> dict[str, dict]:
         kind = kind if kind in kinds else "two"
         flags = ["--speech", speech, "--n", N_SCORED, "--seed", 1, *kinds[kind]]
         make(sets[kind], "recipes.mix", *flags, log=out / "sets.log")
-        if not (scores / "results.json").exists():
-            flags = ["--data", sets[kind], "--out", scores]
-            call("evaluate.py", "--ckpt", out / run / "best.pt", *flags, log=out / "scores.log")
+        flags = ["--ckpt", out / run / "best.pt", "--data", sets[kind]]
+        make(scores, "evaluate", *flags, log=out / "scores.log", last="results.json")
         results = json.loads((scores / "results.json").read_text())
         settings = next(iter(results["checkpoints"].values()))["args"]
         last = (out / run / "log.csv").read_text().splitlines()[-1].split(",")
@@ -112,11 +111,10 @@ def score(runs: dict, out: Path, speech: str, noise: str) -> dict[str, dict]:
             **{column: list(results["rows"].values())[-1][column] for column in COLUMNS},
             "mixtures": int(last[1]) * settings["batch_size"], "seconds": int(last[6]), "machine": results["machine"],
         }  # fmt: skip
-    done = (out / "situations" / "results.json").exists()
-    if {"time/si_sdr/0", "time/sepformer/0"} <= runs.keys() and not done:
+    if {"time/si_sdr/0", "time/sepformer/0"} <= runs.keys():
         pair = [out / run / "best.pt" for run in ("time/si_sdr/0", "time/sepformer/0")]
-        flags = ["--data", sets["two"], "--out", out / "situations"]
-        call("evaluate.py", "--situations", "--ckpt", *pair, *flags, log=out / "scores.log")
+        flags = ["--situations", "--ckpt", *pair, "--data", sets["two"]]
+        make(out / "situations", "evaluate", *flags, log=out / "scores.log", last="results.json")
     return rows
 
 

@@ -46,7 +46,8 @@ def opus(wav: np.ndarray, kbit: int) -> np.ndarray:
 @torch.no_grad()
 def transmitted(wav: np.ndarray, codec: Codec, n_codebooks: int) -> np.ndarray:
     """[T] through a codec; 0 codebooks: unquantised."""
-    codec.use_codebooks(n_codebooks or codec.n_codebooks)
+    if n_codebooks:
+        codec.use_codebooks(n_codebooks)
     return codec.transmit(torch.from_numpy(wav)[None].to(codec.device), n_codebooks > 0)[0].cpu().numpy()
 
 
@@ -85,8 +86,10 @@ def main() -> None:
     for name in args.codecs:
         codec = Codec.load(name, RATE, choose_device())
         for n in (0, *CODEBOOKS.get(name, (codec.n_codebooks,))):
-            codec.use_codebooks(n or codec.n_codebooks)
-            row = f"{name}/{codec.bitrate / 1000:g}" if n else f"{name}/unquantised"
+            row = f"{name}/unquantised"
+            if n:
+                codec.use_codebooks(n)
+                row = f"{name}/{codec.bitrate / 1000:g}"
             systems[row] = lambda wav, sources, codec=codec, n=n: transmitted(wav, codec, n)
         if signals[0][1] is not None:
             for row, mask in (("latents_added", False), ("ideal_mask", True)):
