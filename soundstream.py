@@ -46,6 +46,8 @@ class SoundStreamConfig:
     The first convolution makes `widths[0]` channels with that kernel (a multiple of its stride). Stage i, three
     residual units of `widths[i]` and a convolution of kernel 2 * strides[i], makes `widths[i + 1]`. The decoder mirrors
     all that. Convolutions from `group_width` channels on work in groups of so many, as far as Lyra's do.
+    codebook_dim: of a factorised codebook, as DAC's are, which sees that many projections of the latents; None: of the
+    latents themselves, as Lyra's are.
     causal: pad on the left only, so that no frame waits for later samples.
     """
 
@@ -58,6 +60,7 @@ class SoundStreamConfig:
     latent_dim: int = 64
     n_codebooks: int = 46
     codebook_size: int = 16
+    codebook_dim: int | None = None
     causal: bool = True
 
 
@@ -164,19 +167,29 @@ def nearest(points: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
 
 
 class ResidualVectorQuantizer(nn.Module):
-    """Each codebook in turn gives its entry nearest to what the ones before have left."""
+    """Each codebook in turn gives its entry nearest to what the ones before have left.
 
-    def __init__(self, n_codebooks, codebook_size, dim):
+    A factorised codebook has entries of `codebook_dim` < `dim` numbers: `project` brings latents there, `restore` back.
+    """
+
+    def __init__(self, n_codebooks, codebook_size, dim, codebook_dim=None):
         super().__init__()
-        self.codebooks = nn.Parameter(torch.randn(n_codebooks, codebook_size, dim))
+        self.codebooks = nn.Parameter(torch.randn(n_codebooks, codebook_size, codebook_dim or dim))
+        self.factorised = codebook_dim is not None
+        if self.factorised:
+            self.project = nn.Parameter(torch.randn(n_codebooks, codebook_dim, dim) / dim**0.5)
+            self.restore = nn.Parameter(self.project.data.transpose(1, 2).clone())
 
     def forward(self, latents, n_codebooks):
         """Latents [B, D, F] -> the sum of the chosen entries [B, D, F] and their numbers [B, n_codebooks, F]."""
         rest = latents.detach().transpose(1, 2)  # [B, F, D]
         total, codes = 0, []
-        for codebook in self.codebooks[:n_codebooks]:
-            codes.append(nearest(rest, codebook.detach()))
-            entry = F.embedding(codes[-1], codebook)
+        for k in range(n_codebooks):
+            points = F.linear(rest, self.project[k].detach()) if self.factorised else rest
+            codes.append(nearest(points, self.codebooks[k].detach()))
+            entry = F.embedding(codes[-1], self.codebooks[k])
+            if self.factorised:
+                entry = F.linear(entry, self.restore[k])
             total = total + entry
             rest = rest - entry.detach()
         return total.transpose(1, 2), torch.stack(codes, 1)
@@ -189,7 +202,9 @@ class SoundStream(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quantizer = ResidualVectorQuantizer(config.n_codebooks, config.codebook_size, config.latent_dim)
+        self.quantizer = ResidualVectorQuantizer(
+            config.n_codebooks, config.codebook_size, config.latent_dim, config.codebook_dim
+        )
         self.sample_rate, self.hop_length, self.latent_dim = config.sample_rate, self.encoder.hop, config.latent_dim
         self.n_codebooks, self.codebook_size = config.n_codebooks, config.codebook_size
 
