@@ -1,24 +1,27 @@
-"""Mixtures of two to five speakers: drawn on the fly from folders of speech, or read from a fixed set on disk.
+"""Mixtures of two to five speakers: drawn on the fly from recordings, or read from a fixed set.
 
-- `SpeakerMixtures`: of any folder laid out as <root>/<speaker>/**/*.{wav,flac,ogg,opus} (LibriSpeech, VCTK, ours)
-- `FixedMixtures`: a set as WSJ0-2mix, LibriMix and WHAM! have it; `FixedSegments` cuts and perturbs it for training
-- `LatentSegments`: the latents of such a set, as `python -m recipes.latents` writes them
+- `SpeakerMixtures`: of any folder laid out as <root>/<speaker>/**/*.{wav,flac,ogg,opus}, as
+  LibriSpeech and VCTK are, once their speakers have folders of their own
+- `FixedMixtures`: a set as WSJ0-2mix, LibriMix and WHAM! have it, whole or in random segments
 
-All are sequences of dictionaries: `mixture` [T], `sources` [S, T] (float32, within -1..1) and `name`; latents come as
-`latents` [1 + S, D, F], the mixture's first. `found` says in a line what they are of. An item is asked for by its index
-or by (epoch, index): it is a pure function of these and the seed, so that a run repeats exactly, workers need no
-shared state, and ranks never share a mixture.
+Both are sequences of dictionaries
 
-Relative levels and the peak follow the WSJ0-2mix recipe, speed perturbation the Codecformer paper's.
-A dataset of your own is a class and a line in DATASETS.
+    mixture     [T] float32, within -1..1
+    sources     [S, T] of the same
+    name        unique in its dataset
+
+What is unusual: an item is asked for by its index or by (epoch, index), and is a pure function of
+these and the dataset's seed. So a run repeats exactly, can be resumed anywhere, its workers need no
+shared state, and the processes of one training never share a mixture.
+
+Relative levels and the peak follow WSJ0-2mix's recipe (Hershey et al., 2016), speed perturbation
+the Codecformer paper's. A dataset of your own is a class and a line in DATASETS.
 """
 
-import argparse
-import functools
-import inspect
-import json
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -26,38 +29,406 @@ import soundfile as sf
 from scipy.signal import firwin, resample_poly
 from tqdm import tqdm
 
+from program import UserError
+
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus"}
 MIX_FOLDERS = ("mix", "mix_clean", "mix_both")
-WHAM_SNR = (-6.0, 3.0)  # dB; there of the first speaker, here of all speech over noise
+SPLITS = {"train", "valid", "dev", "test", "tr", "cv", "tt"}  # names that no speaker has
+WHAM_SNR = (-6.0, 3.0)  # dB; in WHAM! of the first speaker, here of all speech over noise
 
 
-class DataError(ValueError):
-    """Something about the user's files is wrong; the message is one line that says what to do."""
+class DataError(UserError):
+    """Something about recordings is wrong; the message is one line that says what to do."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Answers a mistake with one line, not with the usage of every flag, and takes no flag for another."""
+# Mixtures -----------------------------------------------------------------------------------------
 
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
 
-    def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
+class SpeakerMixtures:
+    """Random mixtures of random segments of different speakers, `size` an epoch.
+
+    root: folder with a folder per speaker.
+    n_speakers: in a mixture, 2 to 5.
+    seconds: of a mixture. Shorter recordings are joined with short pauses.
+    speeds: percentages; each source is played at one of them (resampled: the pitch moves too).
+    noise: folder; the mixture, but no source, also holds a random segment of its recordings, at an
+        SNR (all speech over noise) drawn from the range `snr` in dB.
+    Raises DataError for settings out of range and for folders that can't be mixed.
+    """
+
+    level_range = 5.0  # dB: the first two sources differ by 0 to this, others lie between them
+
+    def __init__(
+        self,
+        root,
+        sample_rate: int,
+        n_speakers: int = 2,
+        *,
+        seconds: float | None = None,
+        size: int | None = None,
+        seed: int = 0,
+        speeds=(100,),
+        noise=None,
+        snr=None,
+        mix_folder=None,
+    ):
+        if mix_folder is not None:
+            raise DataError(f"{root} is a folder of speakers: --mix_folder doesn't apply to it")
+        if not 2 <= n_speakers <= 5:
+            raise DataError(f"mixtures are of 2 to 5 speakers, not {n_speakers}")
+        if not all(25 <= speed <= 400 for speed in speeds):
+            raise DataError(f"speeds are percentages from 25 to 400, not {list(speeds)}")
+        if snr is not None and noise is None:
+            raise DataError("--snr needs --noise, a folder of recordings")
+        low, high = WHAM_SNR if snr is None else snr
+        if not -math.inf < low <= high < math.inf:
+            raise DataError(
+                f"--snr is a range in dB from low to high, not from {low:g} to {high:g}"
+            )
+        self.sample_rate = sample_rate
+        self.n_speakers = n_speakers
+        self.length = round((4.0 if seconds is None else seconds) * sample_rate)
+        self.size = 1000 if size is None else size
+        self.seed = seed
+        self.speeds = list(speeds)
+        self.snr = (low, high)
+        self.recordings = Recordings()
+        self.speakers = list_speakers(root, self.recordings)  # {name: files}
+        self.names = list(self.speakers)
+        self.noise = [] if noise is None else self.recordings.add(list_audio(noise), noise)
+        if n_speakers > len(self.names):
+            raise DataError(f"{root} holds {len(self.names)} speakers, --n_speakers {n_speakers}")
+        n_files = sum(len(files) for files in self.speakers.values())
+        self.found = (
+            f"{root}: {len(self.names)} speakers, {n_files} files"  # said when it is opened
+        )
+
+    @staticmethod
+    def fits(root) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key) -> dict:
+        epoch, index = epoch_and_index(key)
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        drawn = rng.choice(len(self.names), self.n_speakers, replace=False)
+        chosen = [self.names[i] for i in drawn]
+        sources = np.stack([self._speech(rng, name) for name in chosen])  # [S, T], of equal level
+        sources = (sources * self._levels(rng)).astype(np.float32)
+        mixture = sources.sum(0)
+        parts = [mixture, *sources]
+        if self.noise:  # drawn last: the speech of a mixture is the same with noise and without
+            noise = self._segment(rng, self.noise, "the noise", speeds=[100], pauses=False)
+            snr = rng.uniform(*self.snr)
+            noise *= np.linalg.norm(mixture) / np.linalg.norm(noise) * 10 ** (-snr / 20)
+            mixture = mixture + noise
+            parts = [mixture, *sources, noise]
+        # As in WSJ0-2mix, the loudest of mixture and parts peaks at 0.9.
+        peak = max(np.abs(part).max() for part in parts)
+        gain = np.float32(0.9 / peak)
+        name = f"{index:04d}_{'_'.join(chosen)}"
+        return {"mixture": mixture * gain, "sources": sources * gain, "name": name}
+
+    def _levels(self, rng) -> np.ndarray:
+        """A factor for each source, [S, 1]."""
+        half = rng.uniform(0, self.level_range) / 2
+        between = rng.uniform(-half, half, self.n_speakers - 2)
+        decibels = np.array([half, -half, *between])
+        return 10 ** (decibels[:, None] / 20)
+
+    def _speech(self, rng, name: str) -> np.ndarray:
+        files = self.speakers[name]
+        return self._segment(rng, files, f"speaker {name}", self.speeds, pauses=True)
+
+    def _segment(self, rng, files: list, owner: str, speeds: list, pauses: bool) -> np.ndarray:
+        """[T] with a standard deviation of 1. Raises DataError where `owner` is silent."""
+        for _ in range(20):  # a long recording may pause for a whole segment
+            speed = speeds[rng.integers(len(speeds))]
+            segment = self._join(rng, files, speed, pauses)
+            if segment.std() > 1e-4:
+                return segment / segment.std()
+        raise DataError(f"20 segments of {owner} in a row were silent: check the recordings")
+
+    def _join(self, rng, files: list, speed: int, pauses: bool) -> np.ndarray:
+        """[T] at one speed: part of a long recording, or short ones, with pauses or without."""
+        pieces = []
+        missing = self.length
+        while missing > 0:
+            path = files[rng.integers(len(files))]
+            frames, rate = self.recordings.headers[path]
+            # Played at `speed` percent, a recording looks like one of a higher or lower rate.
+            from_rate = rate * speed
+            to_rate = self.sample_rate * 100
+            wanted = math.ceil(missing * from_rate / to_rate)
+            start = int(rng.integers(max(frames - wanted, 0) + 1))
+            piece = self.recordings.read(path, start, min(wanted, frames))
+            pieces.append(resample(piece, from_rate, to_rate)[:missing])
+            missing -= len(pieces[-1])
+            if pauses:
+                pause = int(rng.integers(0.05 * self.sample_rate, 0.3 * self.sample_rate))
+                pieces.append(np.zeros(pause, np.float32))
+                missing -= pause
+        return np.concatenate(pieces)[: self.length]
+
+
+class FixedMixtures:
+    """A folder with `mix` (or `mix_clean`, `mix_both`), `s1`, `s2` ... of files of the same names.
+
+    seconds: None for whole mixtures; else random segments of that length, for training, whose
+        sources are played at one of the `speeds` (percent), and whose noise stays as it is.
+    size: of whole mixtures, how many, evenly spaced; None for all.
+    mix_folder: the first of MIX_FOLDERS that is there, if not given.
+    Raises DataError where the layout, the number of speakers, a file, a rate or a length doesn't
+    fit: of mixtures when the set is opened, of their sources when they are read.
+    """
+
+    def __init__(
+        self,
+        root,
+        sample_rate: int,
+        n_speakers: int = 2,
+        *,
+        seconds: float | None = None,
+        size: int | None = None,
+        seed: int = 0,
+        speeds=(100,),
+        noise=None,
+        snr=None,
+        mix_folder=None,
+    ):
+        if noise is not None or snr is not None:
+            raise DataError(f"{root} is a fixed set: --noise and --snr don't apply to it")
+        root = Path(root)
+        mix_folder = mix_folder or find_mix_folder(root)
+        if mix_folder is None or not (root / mix_folder).is_dir():
+            raise DataError(f"{root} has no folder {mix_folder or 'mix'}: give a fixed set")
+        self.sample_rate = sample_rate
+        self.length = None if seconds is None else round(seconds * sample_rate)
+        self.seed = seed
+        self.speeds = list(speeds)
+        source_folders = sorted(path for path in root.glob("s[1-9]") if path.is_dir())
+        self.folders = [root / mix_folder, *source_folders]
+        self.n_speakers = len(source_folders)
+        if self.n_speakers != n_speakers:
+            raise DataError(f"{root} has {self.n_speakers} speakers a mixture, not {n_speakers}")
+        self.recordings = Recordings()
+        self.files = self.recordings.add(list_audio(self.folders[0]), self.folders[0])
+        for folder in source_folders:
+            missing = {path.name for path in self.files} - {path.name for path in folder.iterdir()}
+            if missing:
+                path = folder / min(missing)
+                raise DataError(f"{path} is missing, which {self.folders[0]} needs as a reference")
+        for path in self.files:
+            self._check_rate(path, self.recordings.headers[path][1])
+        self.found = f"{self.folders[0]}: {len(self.files)} mixtures of {n_speakers} speakers"
+        if seconds is None and size is not None and size < len(self.files):
+            chosen = np.linspace(0, len(self.files) - 1, size).round().astype(int)
+            self.files = [self.files[k] for k in chosen]
+
+    @staticmethod
+    def fits(root) -> bool:
+        return find_mix_folder(root) is not None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key) -> dict:
+        epoch, index = epoch_and_index(key)
+        path = self.files[index]
+        mixture, *sources = self._read(path.name)
+        sources = np.stack(sources)
+        if self.length is not None:
+            rng = np.random.default_rng([self.seed, epoch, index])
+            mixture, sources = self._cut(rng, mixture, sources)
+        return {"mixture": mixture, "sources": sources, "name": path.stem}
+
+    def _read(self, name: str) -> list[np.ndarray]:
+        """The mixture and its sources, each [T]."""
+        signals = []
+        for folder in self.folders:
+            audio, rate = read_audio(folder / name)
+            self._check_rate(folder / name, rate)
+            if signals and len(audio) != len(signals[0]):
+                lengths = f"{len(audio)} samples, its mixture {len(signals[0])}"
+                raise DataError(f"{folder / name} has {lengths}: make the set anew")
+            signals.append(audio)
+        return signals
+
+    def _check_rate(self, path, rate: int) -> None:
+        if rate != self.sample_rate:
+            here = f"the model works at {self.sample_rate} Hz"
+            raise DataError(f"{path} is at {rate} Hz, {here}: resample the set")
+
+    def _cut(self, rng, mixture: np.ndarray, sources: np.ndarray):
+        """A random segment of both, its sources played at other speeds."""
+        speeds = [self.speeds[rng.integers(len(self.speeds))] for _ in sources]
+        start = int(rng.integers(max(len(mixture) - self.length, 0) + 1))
+        noise = mixture - sources.sum(0)
+        cuts = np.zeros((1 + len(sources), self.length), np.float32)
+        for cut, signal, speed in zip(cuts, [noise, *sources], [100, *speeds]):
+            wanted = math.ceil(self.length * speed / 100)
+            part = resample(signal[start : start + wanted], speed, 100)[: self.length]
+            cut[: len(part)] = part
+        return cuts.sum(0), cuts[1:]
+
+
+# Kinds of datasets, of which the first that fits a folder opens it. Each is a class with `fits`,
+# the arguments of the two above, and `n_speakers`, `sample_rate` and `found`, a line that says what
+# it is of.
+DATASETS = {"fixed set": FixedMixtures, "folder of speakers": SpeakerMixtures}
+
+
+def open_mixtures(root, sample_rate: int, n_speakers: int = 2, **settings):
+    """The dataset in DATASETS that fits a folder. Raises DataError, as the dataset does."""
+    if not Path(root).is_dir():
+        raise DataError(f"no folder {root}: give one with a folder per speaker, or a fixed set")
+    for dataset in DATASETS.values():
+        if dataset.fits(root):
+            return dataset(root, sample_rate, n_speakers, **settings)
+    raise DataError(f"{root} is none of: {', '.join(DATASETS)}")
+
+
+def epoch_and_index(key) -> tuple[int, int]:
+    """An item's key is its index, or (epoch, index); the index alone is of epoch 0."""
+    return key if isinstance(key, tuple) else (0, key)
+
+
+class Replaced:
+    """A dataset for training, in which the next mixture takes the place of one that can't be made.
+
+    Its items have two entries more: `broken`, why mixtures were passed over, a line each, and
+    `position`, a number in [0, 1) that says where a crop of the item begins. Raises DataError after
+    100 in a row.
+    """
+
+    def __init__(self, mixtures):
+        self.mixtures = mixtures
+
+    def __len__(self) -> int:
+        return len(self.mixtures)
+
+    def __getitem__(self, key) -> dict:
+        epoch, index = epoch_and_index(key)
+        position = np.random.default_rng([epoch, index, 1]).random(dtype=np.float32)
+        reasons = []
+        while len(reasons) < 100:
+            try:
+                item = self.mixtures[epoch, (index + len(reasons)) % len(self)]
+                return {**item, "broken": "\n".join(reasons), "position": position}
+            except DataError as error:
+                reasons.append(str(error))
+        raise DataError(f"100 mixtures in a row can't be made: {reasons[-1]}")
+
+
+# Recordings ---------------------------------------------------------------------------------------
+
+
+def list_audio(folder) -> list[Path]:
+    """The recordings below a folder, hidden ones passed over."""
+    found = []
+    for path in sorted(Path(folder).rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        dead = path.is_symlink() and not path.exists()  # to be named when it is opened
+        if path.suffix.lower() in AUDIO_SUFFIXES and not hidden and (path.is_file() or dead):
+            found.append(path)
+    return found
+
+
+def list_speakers(root, recordings: "Recordings") -> dict[str, list[Path]]:
+    """The recordings of each speaker's folder below `root`. Raises DataError if it is no such."""
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"no folder {root}: give one with a folder per speaker")
+    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    speakers = {folder.name: list_audio(folder) for folder in folders}
+    speakers = {name: files for name, files in speakers.items() if files}
+    wrong = sorted(name for name in speakers if name.split("-")[0] in SPLITS)
+    if wrong or {"s1", "s2"} <= speakers.keys():
+        name = wrong[0] if wrong else "s1"
+        raise DataError(f"{root} holds {name}, which is no speaker: give a folder of speakers")
+    if len(speakers) < 2:
+        what = f"{root} holds {len(speakers)} folders with wav, flac, ogg or opus files"
+        raise DataError(
+            f"{what}, at least 2 are needed, one a speaker: recipes.librispeech makes them of "
+            f"LibriSpeech's files"
+        )
+    readable = set(recordings.add([path for files in speakers.values() for path in files], root))
+    speakers = {name: [f for f in files if f in readable] for name, files in speakers.items()}
+    return {name: files for name, files in speakers.items() if files}
+
+
+class Recordings:
+    """Recordings whose lengths are known, and which are kept in memory if all of them fit.
+
+    Decoding is most of the time of making a mixture.
+    """
+
+    MAX_KEPT = 10**8  # samples, 400 MB in each data worker
+
+    def __init__(self):
+        self.headers = {}  # {path: (samples, sample rate)}
+        self.kept = {}  # {path: [T]}
+        self.fit = True
+
+    def add(self, paths: list[Path], where) -> list[Path]:
+        """Reads the headers of recordings in parallel and returns those that can be read.
+
+        Others are named and passed over. Raises DataError if they are more than a tenth, or all.
+        """
+        with ThreadPoolExecutor() as pool:
+            answers = pool.map(read_header, paths)
+            bar = tqdm(answers, "opening", len(paths), unit="file", delay=1, leave=False)
+            answers = dict(zip(paths, bar))
+        broken = [path for path, answer in answers.items() if isinstance(answer, str)]
+        for path in broken[:10]:
+            tqdm.write(f"passed over: {path} ({answers[path]})", file=sys.stderr)
+        if not paths:
+            raise DataError(f"{where} holds no wav, flac, ogg or opus files: give another")
+        if len(broken) > 0.1 * len(paths):
+            what = f"{len(broken)} of {len(paths)} recordings in {where} can't be read"
+            raise DataError(f"{what}, {broken[0]} the first: check or remove them")
+        for path in broken:
+            del answers[path]
+        self.headers.update(answers)
+        self.fit = sum(frames for frames, _ in self.headers.values()) < self.MAX_KEPT
+        return list(answers)
+
+    def read(self, path, start: int, frames: int) -> np.ndarray:
+        """Part of a recording, [frames]. Raises DataError if it can't be read after all."""
+        if not self.fit:
+            return read_audio(path, start, frames)[0]
+        if path not in self.kept:
+            self.kept[path], _ = read_audio(path)
+        return self.kept[path][start : start + frames]
+
+
+def read_header(path) -> tuple[int, int] | str:
+    """(samples, sample rate) of a recording, or why it can't be read."""
+    try:
+        info = sf.info(path)
+    except (OSError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return (info.frames, info.samplerate) if info.frames else "no samples"
 
 
 def read_audio(path, start: int = 0, frames: int = -1) -> tuple[np.ndarray, int]:
-    """Reads a file, or `frames` of it from `start`, mixed down to one channel: ([T] float32, its sample rate).
+    """A recording, or `frames` of it from `start`, mixed down: ([T] float32, its sample rate).
 
     Raises DataError for anything that is not a whole, finite recording.
     """
     try:
         with sf.SoundFile(path) as file:
-            rate, expected = file.samplerate, file.frames - start if frames < 0 else frames
+            rate = file.samplerate
+            expected = file.frames - start if frames < 0 else frames
             if start:
                 file.seek(start)  # a GSM file can't
-            audio = file.read(expected, dtype="float32", always_2d=True)
+            audio = file.read(expected, dtype="float32", always_2d=True)  # [T, channels]
     except (OSError, RuntimeError) as error:
-        reason = "no such file" if not Path(path).exists() else str(error).splitlines()[0]
+        reason = str(error).splitlines()[0] if Path(path).exists() else "no such file"
         raise DataError(f"can't read {path} as audio ({reason}): check or remove it") from None
     if len(audio) == 0 or len(audio) < expected:
         raise DataError(f"{path} is empty or truncated: replace or remove it")
@@ -67,284 +438,26 @@ def read_audio(path, start: int = 0, frames: int = -1) -> tuple[np.ndarray, int]
 
 
 def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """Band-limited rational resampling of [T] by SciPy's polyphase filter, ceil(T * to / from) samples."""
+    """Band-limited rational resampling of [T] by SciPy's polyphase filter, rounded up."""
     if from_rate == to_rate:
         return audio
     divisor = math.gcd(from_rate, to_rate)
-    up, down = to_rate // divisor, from_rate // divisor
-    return resample_poly(audio, up, down, window=resampling_filter(max(up, down))).astype(np.float32)
+    up = to_rate // divisor
+    down = from_rate // divisor
+    return resample_poly(audio, up, down, window=resampling_filter(max(up, down))).astype(
+        np.float32
+    )
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def resampling_filter(factor: int) -> np.ndarray:
-    """The filter that resample_poly designs anew in every call, a seventh of the time of making a mixture."""
+    """SciPy's own filter, which it designs anew in every call, a seventh of a mixture's time."""
     return firwin(20 * factor + 1, 1 / factor, window=("kaiser", 5.0)).astype(np.float32)
 
 
-def read_headers(paths) -> dict[Path, tuple[int, int]]:
-    """(samples, sample rate) of recordings, read in parallel. Raises DataError that names the first broken one."""
-
-    def read(path):
-        try:
-            info = sf.info(path)
-            return (info.frames, info.samplerate), "" if info.frames else "no samples"
-        except (OSError, RuntimeError) as error:
-            return None, str(error).splitlines()[0]
-
-    with ThreadPoolExecutor() as pool:
-        rows = list(tqdm(pool.map(read, paths), "opening", len(paths), unit="file", delay=1, leave=False))
-    if broken := [(path, reason) for path, (_, reason) in zip(paths, rows) if reason]:
-        more = f", nor {len(broken) - 1} more" * (len(broken) > 1)
-        raise DataError(f"can't read {broken[0][0]} as audio ({broken[0][1]}){more}: check or remove it")
-    return {path: header for path, (header, _) in zip(paths, rows)}
-
-
-def describe(root, headers: dict, what: str) -> str:
-    """What was found below a folder, in a line that also counts the files that are no recordings."""
-    hours = sum(samples / rate for samples, rate in headers.values()) / 3600
-    others = sum(p.is_file() and p.suffix.lower() not in AUDIO_SUFFIXES for p in Path(root).rglob("*"))
-    return f"{root}: {what}, {hours:.2f} h" + f"; {others} file(s) of other kinds passed over" * bool(others)
-
-
-def list_audio(folder) -> list[Path]:
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-
-
-def list_speakers(root) -> dict[str, list[Path]]:
-    """The recordings of each speaker folder below `root`. Raises DataError for fewer than two speakers."""
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"no folder {root}: give one with a folder per speaker, or a fixed set (recipes.wsj0_mix, mix)")
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    speakers = {folder.name: files for folder in folders if (files := list_audio(folder))}
-    splits = {name for name in speakers if name.split("-")[0] in ("train", "valid", "dev", "test", "tr", "cv", "tt")}
-    if splits or {"s1", "s2"} <= speakers.keys():
-        what = f"{root} holds {min(splits or ['s1'])}, which is no speaker"
-        raise DataError(f"{what}: give a folder of speakers, or {' or '.join(MIX_FOLDERS)} beside s1 and s2")
-    if len(speakers) < 2:
-        what = "speaker folder(s) with wav, flac, ogg or opus files"
-        raise DataError(f"{root} holds {len(speakers)} {what}, at least 2 are needed")
-    return speakers
-
-
-def epoch_and_index(key) -> tuple[int, int]:
-    return key if isinstance(key, tuple) else (0, key)
-
-
-class SpeakerMixtures:
-    """`size` mixtures an epoch of random segments of `n_speakers` (2 to 5) different speakers.
-
-    speeds: percentages; each source is played at one of them (resampled, so the pitch moves too).
-    level_range: dB; the first two sources differ by a uniform draw from 0 to this, others lie between them.
-    noise: folder; the mixture, but no source, also holds a random segment of its recordings, at an SNR (dB, sum of
-        the speech over noise) drawn uniformly from the range `snr`, by default WHAM!'s.
-    Raises DataError for settings out of range and for folders that can't be mixed.
-    """
-
-    def __init__(
-        self, root, sample_rate, seconds=4.0, size=1000, seed=0, n_speakers=2, speeds=(100,), level_range=5.0,
-        noise=None, snr=None,
-    ):  # fmt: skip
-        self.speakers = list_speakers(root)
-        if not 2 <= n_speakers <= 5:
-            raise DataError(f"mixtures are of 2 to 5 speakers, not {n_speakers}")
-        if n_speakers > len(self.speakers):
-            raise DataError(f"{root} holds {len(self.speakers)} speakers, mixtures of {n_speakers} need as many")
-        if not all(25 <= s <= 400 for s in speeds):
-            raise DataError(f"speeds are percentages from 25 to 400, not {list(speeds)}")
-        if snr and noise is None:
-            raise DataError("--snr needs --noise, a folder of recordings")
-        self.snr, self.noise = snr or WHAM_SNR, list_audio(noise) if noise is not None else []
-        if not -math.inf < self.snr[0] <= self.snr[1] < math.inf:
-            raise DataError("--snr is a range in dB from low to high, not from {:g} to {:g}".format(*self.snr))
-        self.headers = read_headers([path for files in self.speakers.values() for path in files])
-        self.found = describe(root, self.headers, f"{len(self.speakers)} speakers, {len(self.headers)} files")
-        self.headers |= read_headers(self.noise)
-        if noise is not None and not self.noise:
-            raise DataError(f"{noise} holds no wav, flac, ogg or opus files to use as noise")
-        # Decoding is most of the time of making a mixture: what fits into 400 MB is kept, in each worker.
-        self.fits, self.decoded = sum(frames for frames, _ in self.headers.values()) < 1e8, {}
-        self.sample_rate, self.length, self.size = sample_rate, round(seconds * sample_rate), size
-        self.seed, self.n_speakers, self.speeds, self.level_range = seed, n_speakers, list(speeds), level_range
-
-    def __len__(self) -> int:
-        return self.size
-
-    def _read(self, path, start: int, frames: int) -> np.ndarray:
-        if not self.fits:
-            return read_audio(path, start, frames)[0]
-        if path not in self.decoded:
-            self.decoded[path] = read_audio(path)[0]
-        return self.decoded[path][start : start + frames]
-
-    def _join(self, rng, files, speed: int, pauses: bool) -> np.ndarray:
-        """[length] at one speed: part of a long recording, or short ones joined, with pauses or without."""
-        pieces, missing = [], self.length
-        while missing > 0:
-            path = files[rng.integers(len(files))]
-            frames, rate = self.headers[path]
-            # Playing at `speed` percent makes a recording of this rate look like one of a higher or lower rate.
-            rate = rate * speed
-            wanted = math.ceil(missing * rate / (self.sample_rate * 100))
-            start = int(rng.integers(max(frames - wanted, 0) + 1))
-            piece = self._read(path, start, min(wanted, frames))
-            pieces.append(resample(piece, rate, self.sample_rate * 100)[:missing])
-            missing -= len(pieces[-1])
-            if pauses:
-                pieces.append(np.zeros(int(rng.integers(0.05 * self.sample_rate, 0.3 * self.sample_rate)), np.float32))
-                missing -= len(pieces[-1])
-        return np.concatenate(pieces)[: self.length]
-
-    def _segment(self, rng, files, owner: str, speeds=(100,), pauses=False) -> np.ndarray:
-        for _ in range(20):  # a long recording may pause for a whole segment
-            segment = self._join(rng, files, speeds[rng.integers(len(speeds))], pauses)
-            if segment.std() > 1e-4:
-                return segment / segment.std()
-        raise DataError(f"20 segments of {owner} in a row were silent: check the recordings")
-
-    def __getitem__(self, key) -> dict:
-        epoch, index = epoch_and_index(key)
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        rng = np.random.default_rng([self.seed, epoch, index])
-        names = list(self.speakers)
-        chosen = [names[i] for i in rng.choice(len(names), self.n_speakers, replace=False)]
-        sources = [self._segment(rng, self.speakers[n], f"speaker {n}", self.speeds, pauses=True) for n in chosen]
-        spread = rng.uniform(0, self.level_range) / 2
-        levels = [spread, -spread, *rng.uniform(-spread, spread, self.n_speakers - 2)]
-        sources = np.stack([s * 10 ** (db / 20) for s, db in zip(sources, levels)]).astype(np.float32)
-        mixture = sources.sum(0)
-        peak = np.abs(sources).max()
-        if self.noise:  # drawn last: the speech of a mixture is the same with noise and without
-            noise = self._segment(rng, self.noise, "the noise")
-            noise *= np.linalg.norm(mixture) / np.linalg.norm(noise) * 10 ** (-rng.uniform(*self.snr) / 20)
-            mixture, peak = mixture + noise, max(peak, np.abs(noise).max())
-        # As in WSJ0-2mix, the loudest of mixture and sources peaks at 0.9.
-        gain = np.float32(0.9 / max(np.abs(mixture).max(), peak))
-        return {"mixture": mixture * gain, "sources": sources * gain, "name": "_".join(chosen)}
-
-
-class FixedMixtures:
-    """A folder with `mix` (or `mix_clean`, `mix_both`), `s1`, `s2` ... holding files of the same names, whole.
-
-    size: how many of them, evenly spaced (all by default). mix_folder: the first that is there, if not given.
-    Raises DataError where the layout, n_speakers, a file, a rate or a length doesn't fit: of mixtures when the set is
-    opened, of their sources when they are read.
-    """
-
-    def __init__(self, root, sample_rate, size=None, n_speakers=None, mix_folder=None):
-        self.root, self.sample_rate = Path(root), sample_rate
-        mix_folder = mix_folder or next((name for name in MIX_FOLDERS if (self.root / name).is_dir()), MIX_FOLDERS[0])
-        self.folders = [self.root / mix_folder, *sorted(p for p in self.root.glob("s[1-9]") if p.is_dir())]
-        self.n_speakers = len(self.folders) - 1
-        if not self.folders[0].is_dir() or self.n_speakers < 2:
-            raise DataError(f"{root} is no set of mixtures: it needs the folders {mix_folder}, s1 and s2")
-        if n_speakers not in (None, self.n_speakers):
-            raise DataError(f"{root} has {self.n_speakers} speakers a mixture, not {n_speakers}: see --n_speakers")
-        self.files = sorted(p for p in self.folders[0].iterdir() if p.suffix.lower() in AUDIO_SUFFIXES)
-        if not self.files:
-            raise DataError(f"{self.folders[0]} holds no wav, flac, ogg or opus files")
-        for folder in self.folders[1:]:
-            if missing := {p.name for p in self.files} - {p.name for p in folder.iterdir()}:
-                raise DataError(f"{folder / min(missing)} is missing, which {self.folders[0]} needs as a reference")
-        headers = read_headers(self.files)
-        for path, (_, rate) in headers.items():
-            self._check_rate(path, rate)
-        self.found = describe(self.folders[0], headers, f"{len(self.files)} mixtures of {self.n_speakers} speakers")
-        if size is not None and size < len(self.files):
-            self.files = [self.files[k] for k in np.linspace(0, len(self.files) - 1, size).round().astype(int)]
-
-    def _check_rate(self, path, rate) -> None:
-        if rate != self.sample_rate:
-            raise DataError(f"{path} is at {rate} Hz, the model works at {self.sample_rate} Hz: resample the set")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, key) -> dict:
-        (_, index), signals = epoch_and_index(key), []
-        for path in [folder / self.files[index].name for folder in self.folders]:
-            audio, rate = read_audio(path)
-            self._check_rate(path, rate)
-            if signals and len(audio) != len(signals[0]):
-                raise DataError(f"{path} has {len(audio)} samples, its mixture {len(signals[0])}: make the set anew")
-            signals.append(audio)
-        return {"mixture": signals[0], "sources": np.stack(signals[1:]), "name": self.files[index].stem}
-
-
-class FixedSegments(FixedMixtures):
-    """A fixed set for training: random cuts of `seconds`, sources at one of the `speeds` (percent), noise as it is."""
-
-    def __init__(self, root, sample_rate, seconds, seed=0, speeds=(100,), n_speakers=None, mix_folder=None):
-        super().__init__(root, sample_rate, None, n_speakers, mix_folder)
-        self.length, self.seed, self.speeds = round(seconds * sample_rate), seed, list(speeds)
-
-    def __getitem__(self, key) -> dict:
-        item, rng = super().__getitem__(key), np.random.default_rng([self.seed, *epoch_and_index(key)])
-        speeds = [self.speeds[rng.integers(len(self.speeds))] for _ in item["sources"]]
-        start = int(rng.integers(max(len(item["mixture"]) - self.length, 0) + 1))
-        cuts = np.zeros((1 + len(speeds), self.length), np.float32)  # of the noise and the sources
-        noise = item["mixture"] - item["sources"].sum(0)
-        for cut, signal, speed in zip(cuts, [noise, *item["sources"]], [100, *speeds]):
-            part = resample(signal[start : start + math.ceil(self.length * speed / 100)], speed, 100)[: self.length]
-            cut[: len(part)] = part
-        return {"mixture": cuts.sum(0), "sources": cuts[1:], "name": item["name"]}
-
-
-class LatentSegments:
-    """Random cuts of `seconds` of the latents of a fixed set, for the losses between latents; no codec runs.
-
-    codec: its name and fingerprint. Raises DataError where `recipes.latents` didn't write the folder.
-    """
-
-    def __init__(self, root, sample_rate, seconds, seed=0, speeds=(100,), n_speakers=2):
-        if list(speeds) != [100]:
-            raise DataError(f"{root} holds latents, which can't be played at another speed: give --speeds 100")
-        try:
-            facts = json.loads((Path(root) / "latents.json").read_text())
-            self.codec, self.frames = facts["codec"], round(facts["frame_rate"] * seconds)
-        except (OSError, ValueError, TypeError, KeyError):
-            raise DataError(f"{root}/latents.json can't be read: write the latents anew") from None
-        if (sample_rate, n_speakers) != (facts["sample_rate"], facts["n_speakers"]):
-            raise DataError(f"{root} is of {facts['n_speakers']} speakers at {facts['sample_rate']} Hz: set the flags")
-        self.files, self.seed = sorted(Path(root).glob("*.npy")), seed
-        self.found = f"{root}: latents of {len(self)} mixtures of {n_speakers} speakers"
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, key) -> dict:
-        path, frames = self.files[epoch_and_index(key)[1]], self.frames
-        try:
-            latents = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"can't read {path} as latents ({error}): write them anew") from None
-        rng = np.random.default_rng([self.seed, *epoch_and_index(key)])
-        start = int(rng.integers(max(latents.shape[-1] - frames, 0) + 1))
-        cut = np.zeros((*latents.shape[:-1], frames), np.float32)
-        cut[..., : latents.shape[-1] - start] = latents[..., start : start + frames]
-        return {"latents": cut, "name": path.stem}
-
-
-# For each kind of folder: how it is recognised, the dataset for training and that for validation. The first fits.
-DATASETS = {
-    "a set of latents": (lambda root: (Path(root) / "latents.json").is_file(), LatentSegments, None),
-    "a fixed set": (lambda root: any((Path(root) / m).is_dir() for m in MIX_FOLDERS), FixedSegments, FixedMixtures),
-    "a folder of speakers": (lambda root: True, SpeakerMixtures, SpeakerMixtures),
-}
-
-
-def open_mixtures(root, sample_rate: int, training: bool, **settings):
-    """The dataset in DATASETS that fits a folder, with those of the settings that it takes and that are not None.
-
-    Raises DataError for noise and mix_folder, if a dataset for training doesn't take them.
-    """
-    kind, (_, for_training, for_validation) = next(row for row in DATASETS.items() if row[1][0](root))
-    dataset = for_training if training else for_validation
-    if dataset is None:
-        raise DataError(f"{root} is {kind}, which can't be scored: give a fixed set or a folder of speakers")
-    known = inspect.signature(dataset).parameters
-    settings = {name: value for name, value in settings.items() if value is not None}
-    if training and (unknown := {"noise", "snr", "mix_folder"} & settings.keys() - known.keys()):
-        raise DataError(f"{root} is {kind}, to which --{min(unknown)} doesn't apply: leave it out")
-    return dataset(root, sample_rate, **{name: settings[name] for name in settings.keys() & known.keys()})
+def find_mix_folder(root) -> str | None:
+    """The name of the folder of mixtures in a fixed set."""
+    for name in MIX_FOLDERS:
+        if (Path(root) / name).is_dir():
+            return name
+    return None

@@ -1,32 +1,37 @@
 """Scores checkpoints on a set of mixtures.
 
-    python evaluate.py                           the bundled checkpoint on the bundled test mixtures
-    python evaluate.py --ckpt FILE --data DIR    another checkpoint, another set (folders mix, s1, s2)
-    python evaluate.py --situations --ckpt A B   the paper's table: A and B, each wherever it could be deployed
+    python evaluate.py                           the bundled checkpoint on the bundled mixtures
+    python evaluate.py --ckpt FILE --data DIR    another checkpoint, another set (mix, s1, s2)
+    python evaluate.py --situations --ckpt A B   the paper's table: each wherever it could stand
 
-Prints a table with a row for the mixture left alone, the ceiling (the clean source through the codec: what this codec
-could reach at best) and the separator, and leaves in --out results.json (means), scores.jsonl (every score, written as
-it is made: the same command goes on where it was interrupted), the estimates in audio/ and index.html, to listen.
+Prints a table and leaves in --out: results.json (means), scores.jsonl (every score), the estimates
+in audio/, and index.html, to listen. The table has a row for the mixture left alone, for the clean
+source through the codec (the ceiling: what this codec could reach at best), and for the separator.
 
-- SI-SDR is against the clean source, SI-SDRi its gain over the mixture; SDR is BSS Eval's with 512 taps. PESQ is
-  narrow band at 8 kHz, wide band at 16 kHz.
-- A c in front (cSI-SDR) means: against the *transmitted* source, clean, encoded, quantised, decoded.
-- Estimates are put in the order of the sources by the best mean SI-SDR, for each of the two references. A mixture's
-  score is the mean over its sources; the interval is 1.96 standard errors over mixtures. A score that can't be had
-  (PESQ without speech, anything against silence) leaves its mixture out of that mean, and is counted.
-- Where estimates lag behind their reference (the median over all sources, by cross-correlation), the row is marked:
-  a shift that nobody hears ruins SI-SDR.
+- SI-SDR is against the clean source, SI-SDRi is its gain over the mixture. SDR is BSS Eval's with
+  512 taps. PESQ is narrow band at 8 kHz, wide band at 16 kHz.
+- A c in front (cSI-SDR) means: against the *transmitted* source, which is clean, encoded, quantised
+  and decoded. It comes from the paper, and compares within one codec only.
+- Estimates are put in the order of the sources by the best mean SI-SDR, for each of the two
+  references. A mixture's score is the mean over its sources, an interval is 1.96 standard errors
+  over mixtures. A score that can't be had (PESQ without speech, anything against silence, a signal
+  against itself) leaves its mixture out of that mean, and is counted.
+- Where estimates lag behind their reference (the median over all sources, by cross-correlation),
+  the row is marked: a shift that nobody hears ruins SI-SDR.
 """
 
-import collections
-import hashlib
+import base64
+import html
+import io
 import json
 import math
 import multiprocessing
 import os
 import signal
+import string
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,225 +39,516 @@ import soundfile as sf
 import torch
 from tqdm import tqdm
 
-from checkpoint import (
-    HERE, SettingsError, check_codec, choose_device, load_checkpoint, make_folder, restore_model, run_program,
-)  # fmt: skip
+from checkpoint import check_codec, load_checkpoint, restore_model
 from codecformer import separate
-from dac_wrapper import ASSETS, Codec, measure_lag
-from data import MIX_FOLDERS, FixedMixtures, Parser
+from dac_wrapper import Codec, measure_lag
+from data import MIX_FOLDERS, open_mixtures, read_audio
 from losses import pairwise_negative_si_sdr, pit, si_sdr
-from recipes.report import ROWS, format_table, portable, provenance, write_page
+from program import (
+    ASSETS,
+    Parser,
+    UserError,
+    choose_device,
+    choose_threads,
+    locate,
+    portable,
+    provenance,
+    run_program,
+    whole,
+    writing,
+)
 
-COLUMNS = ["si_sdr", "si_sdr_i", "csi_sdr_i", "sdr_i", "pesq", "stoi"]
-SITUATION_COLUMNS = [f"{c}{metric}" for c in ("", "c") for metric in ("si_sdr_i", "sdr_i", "pesq", "stoi")]
-# Where the separator stands (see `separate`), and whether the RVQ lies before and after it.
-SITUATIONS = [("clean", 0, 0), ("transmitted", 1, 0), ("transmitted", 1, 1)] + [
-    ("latents", before, after) for before in (0, 1) for after in (0, 1)
-]
+# Scores -------------------------------------------------------------------------------------------
+
+
+def score_si_sdr(estimate: np.ndarray, reference: np.ndarray, rate: int) -> float:
+    return float(si_sdr(torch.from_numpy(estimate), torch.from_numpy(reference)))
+
+
+def score_sdr(estimate: np.ndarray, reference: np.ndarray, rate: int) -> float:
+    from torchmetrics.functional.audio import signal_distortion_ratio
+
+    estimate = torch.from_numpy(estimate).double()
+    reference = torch.from_numpy(reference).double()
+    return float(signal_distortion_ratio(estimate, reference, filter_length=512))
+
+
+def score_pesq(estimate: np.ndarray, reference: np.ndarray, rate: int) -> float:
+    from pesq import PesqError, pesq
+
+    try:
+        return float(pesq(rate, reference, estimate, {8000: "nb", 16000: "wb"}[rate]))
+    except (PesqError, KeyError):  # no speech in it; another rate
+        return math.nan
+
+
+def score_stoi(estimate: np.ndarray, reference: np.ndarray, rate: int) -> float:
+    from pystoi import stoi
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "error", "Not enough STFT frames"
+        )  # it returns a number all the same
+        try:
+            return float(stoi(reference, estimate, rate))
+        except RuntimeWarning:
+            return math.nan
+
+
+METRICS = {"si_sdr": score_si_sdr, "sdr": score_sdr, "pesq": score_pesq, "stoi": score_stoi}
 
 
 def score(metric: str, estimate: np.ndarray, reference: np.ndarray, rate: int) -> float:
-    """si_sdr, sdr (dB), pesq, stoi or lag (samples, within 20 ms) of [T] against [T]; NaN where it can't be had."""
-    from pesq import PesqError, pesq
-    from pystoi import stoi
-    from torchmetrics.functional.audio import signal_distortion_ratio
-
-    if not reference.std() > 1e-6:  # silence
+    """One of METRICS of [T] against [T], in dB where it is a ratio; NaN where it can't be had."""
+    if reference.std() <= 1e-6 or np.array_equal(estimate, reference):
         return math.nan
-    pair = torch.from_numpy(estimate), torch.from_numpy(reference)
-    measures = {
-        "si_sdr": lambda: si_sdr(*pair),
-        "sdr": lambda: signal_distortion_ratio(pair[0].double(), pair[1].double(), filter_length=512),
-        "pesq": lambda: pesq(rate, reference, estimate, {8000: "nb", 16000: "wb"}[rate]),
-        "stoi": lambda: stoi(reference, estimate, rate),
-        "lag": lambda: measure_lag(pair[1], pair[0], rate // 50)[0],
-    }
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Not enough STFT frames")  # with which STOI returns a number all the same
-            value = float(measures[metric]())
-            return value if math.isfinite(value) else math.nan
-    except (PesqError, ValueError, RuntimeError, RuntimeWarning, KeyError):
+        value = METRICS[metric](estimate, reference, rate)
+    except (ValueError, RuntimeError):  # too short for the metric, or a matrix without inverse
         return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
-def score_rows(signals: dict, mixture, references: dict, columns: list[str], rate: int) -> dict:
-    """The scores of every row's estimates [S, T]: {row: {column: [S]}}; runs in a process of its own.
+@dataclass(frozen=True)
+class Column:
+    """A column of the table."""
 
-    references: {"": clean sources [S, T], "c": transmitted ones}. The rows' lags are always among their scores.
+    name: str  # in results.json
+    title: str
+    metric: str
+    reference: str = "clean"  # or "transmitted"
+    gain: bool = False  # over the mixture
+
+    @property
+    def digits(self) -> int:
+        return 2 if self.metric in ("pesq", "stoi") else 1
+
+
+COLUMNS = [
+    Column("si_sdr", "SI-SDR", "si_sdr"),
+    Column("si_sdr_i", "SI-SDRi", "si_sdr", gain=True),
+    Column("csi_sdr_i", "cSI-SDRi", "si_sdr", "transmitted", gain=True),
+    Column("sdr_i", "SDRi", "sdr", gain=True),
+    Column("pesq", "PESQ", "pesq"),
+    Column("stoi", "STOI", "stoi"),
+]
+SITUATION_COLUMNS = [
+    Column("si_sdr_i", "SI-SDRi", "si_sdr", gain=True),
+    Column("sdr_i", "SDRi", "sdr", gain=True),
+    Column("pesq", "PESQ", "pesq"),
+    Column("stoi", "STOI", "stoi"),
+    Column("csi_sdr_i", "cSI-SDRi", "si_sdr", "transmitted", gain=True),
+    Column("csdr_i", "cSDRi", "sdr", "transmitted", gain=True),
+    Column("cpesq", "cPESQ", "pesq", "transmitted"),
+    Column("cstoi", "cSTOI", "stoi", "transmitted"),
+]
+
+
+def in_order(estimates: np.ndarray, sources: np.ndarray) -> np.ndarray:
+    """Estimates [S, T] in the order of the sources [S, T]."""
+    pairwise = pairwise_negative_si_sdr(
+        torch.from_numpy(estimates)[None], torch.from_numpy(sources)[None]
+    )
+    _, assignment = pit(pairwise)
+    return estimates[assignment[0].numpy()]
+
+
+def score_mixture(
+    rows: dict[str, np.ndarray],
+    mixture: np.ndarray,
+    references: dict[str, np.ndarray],
+    columns: list[Column],
+    rate: int,
+) -> dict[str, dict[str, list[float]]]:
+    """The scores of one mixture [T], a list over its sources: {row: {column: [S]}}.
+
+    rows: the estimates [S, T] of each row. references: the "clean" and "transmitted" sources, each
+    [S, T]. Each row has one entry more, `lag`: samples within 20 ms by which estimates are late.
     """
-    torch.set_num_threads(1)
-    rows = {row: {} for row in signals}
-    for prefix, reference in references.items():
-        mine = [c.removeprefix(prefix) for c in columns if (c[0] == "c") == bool(prefix)] + ["lag"] * (not prefix)
-        every = lambda metric, estimates: np.array(  # noqa: E731
-            [score(metric.removesuffix("_i"), e, r, rate) for e, r in zip(estimates, reference)]
-        )
-        before = {gain: every(gain, [mixture] * len(reference)) for gain in mine if gain.endswith("_i")}
-        for row, estimates in signals.items():
-            pairwise = pairwise_negative_si_sdr(torch.from_numpy(estimates)[None], torch.from_numpy(reference)[None])
-            ordered = estimates[pit(pairwise)[1][0].numpy()]
-            for metric in mine:
-                rows[row][prefix + metric] = (every(metric, ordered) - before.get(metric, 0)).tolist()
-    return rows
+    torch.set_num_threads(1)  # there is a process a core
+    scores = {row: {} for row in rows}
+    for row, estimates in rows.items():
+        ordered = {name: in_order(estimates, sources) for name, sources in references.items()}
+        for column in columns:
+            values = []
+            for estimate, source in zip(ordered[column.reference], references[column.reference]):
+                value = score(column.metric, estimate, source, rate)
+                if column.gain:
+                    value -= score(column.metric, mixture, source, rate)
+                values.append(value)
+            scores[row][column.name] = values
+        lags = []
+        for estimate, source in zip(ordered["clean"], references["clean"]):
+            known = estimate.std() > 1e-6 and source.std() > 1e-6
+            pair = torch.from_numpy(source), torch.from_numpy(estimate)
+            lags.append(measure_lag(*pair, rate // 50)[0] if known else math.nan)
+        scores[row]["lag"] = lags
+    return scores
+
+
+# What is scored -----------------------------------------------------------------------------------
+
+# Where the separator stands, and whether the RVQ lies before and after it.
+SITUATIONS = [
+    ("clean", False, False),
+    ("transmitted", True, False),
+    ("transmitted", True, True),
+    ("latents", False, False),
+    ("latents", False, True),
+    ("latents", True, False),
+    ("latents", True, True),
+]
+
+
+def separate_in(situation: str, model, codec: Codec, mixture, before: bool, after: bool):
+    """Mixtures [B, T] -> estimates [B, S, T] in a call that travels as latents of a codec.
+
+    situation: where the separator stands.
+        clean         before the codec: it hears the mixture itself
+        transmitted   behind it: it hears the waveform that the receiver decoded. A separator on
+                      latents encodes that again
+        latents       on the way, latents in and latents out. A separator on waveforms decodes them
+                      first and encodes its estimates again
+    before, after: whether latents are quantised before and after the separator.
+    """
+    if situation == "clean":
+        return separate(model, codec, mixture)
+    if not model.on_latents:
+        heard = codec.transmit(mixture, quantize=before)
+        estimates = separate(model, codec, heard)
+        if situation == "latents" or after:
+            estimates = codec.transmit(estimates, quantize=after)
+        return estimates
+    if situation == "transmitted":
+        heard = codec.transmit(mixture, quantize=before)
+        return separate(model, codec, heard, quantize_after=after)
+    return separate(model, codec, mixture, before, after)
 
 
 @torch.no_grad()
-def make_rows(models: dict, codec, item, situations: bool) -> tuple[dict, np.ndarray]:
-    """The signals [S, T] of each row for one item of a set, and the transmitted sources [S, T].
+def make_rows(models: dict, codec: Codec, item: dict, situations: bool):
+    """The signals of each row for one item of a dataset: {row: [S, T]}, and the references.
 
-    models: {name: (model, RVQ before, RVQ after)}; the switches are those it was trained with, and with `situations`
-    every model stands in all SITUATIONS instead.
+    models: {name: (model, RVQ before, RVQ after)}, the switches being those it was trained with.
+    With `situations` every model stands in all SITUATIONS instead.
     """
-    mixture = torch.from_numpy(item["mixture"])[None].to(codec.device)
-    sources = torch.from_numpy(item["sources"]).to(codec.device)
-    transmitted, unquantised = codec.transmit(sources), codec.transmit(sources, quantize=False)
-    signals = {"mixture": mixture.expand_as(sources)}
+    mixture = torch.from_numpy(item["mixture"])[None].to(codec.device)  # [1, T]
+    sources = torch.from_numpy(item["sources"]).to(codec.device)  # [S, T]
+    transmitted = codec.transmit(sources)
+    unquantised = codec.transmit(sources, quantize=False)
+    rows = {"mixture": mixture.expand_as(sources)}
     if situations:
-        signals["mixture/transmitted"] = codec.transmit(mixture).expand_as(sources)
-        signals |= {"ceiling": unquantised, "ceiling/transmitted": transmitted}
-    for name, (model, *rvq) in models.items():
-        if not situations:
-            estimates = separate(model, codec, mixture, *rvq)
-            _, assignment = pit(pairwise_negative_si_sdr(estimates, sources[None]))
-            signals |= {"ceiling": transmitted if any(rvq) else unquantised, name: estimates[0, assignment[0]]}
-            continue
-        for situation, before, after in SITUATIONS:
-            which = "+".join(["before"] * before + ["after"] * after) or "none"
-            signals[f"{name}/{situation}/{which}"] = separate(model, codec, mixture, before, after, situation)[0]
-    return {row: s.cpu().numpy() for row, s in signals.items()}, transmitted.cpu().numpy()
+        rows["mixture/transmitted"] = codec.transmit(mixture).expand_as(sources)
+        rows["ceiling"] = unquantised
+        rows["ceiling/transmitted"] = transmitted
+        for name, (model, *_) in models.items():
+            for situation, before, after in SITUATIONS:
+                sides = ["before"] * before + ["after"] * after
+                row = f"{name}/{situation}/{'+'.join(sides) or 'none'}"
+                rows[row] = separate_in(situation, model, codec, mixture, before, after)[0]
+    else:
+        for name, (model, before, after) in models.items():
+            rows["ceiling"] = transmitted if before or after else unquantised
+            rows[name] = separate(model, codec, mixture, before, after)[0]
+    references = {"clean": item["sources"], "transmitted": transmitted.cpu().numpy()}
+    return {row: signals.cpu().numpy() for row, signals in rows.items()}, references
 
 
-def score_set(dataset, rows_of, columns: list[str], out: Path, keep_audio: bool) -> dict[str, dict]:
-    """{mixture: scores as of `score_rows`}, separated here, scored in other processes.
+def score_dataset(dataset, models: dict, codec: Codec, situations: bool, out: Path) -> list[dict]:
+    """The scores of every item, also written to scores.jsonl in `out`.
 
-    rows_of: item -> its rows' signals and transmitted sources. What scores.jsonl in `out` holds already is not made
-    again; the last row's signals go to `out`/audio.
+    Separates in this process and scores in one for each core. The last row's estimates go to
+    `out`/audio.
     """
-    path, pending = out / "scores.jsonl", collections.deque()
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without one that an interruption cut
-    path.write_text("".join(f"{line}\n" for line in lines))
-    scores = {line["mixture"]: line["rows"] for line in map(json.loads, lines)}
-    processes = len(os.sched_getaffinity(0))  # what the scheduler allots, not what the machine has
-    # Spawned, not forked: a fork of a process that runs torch's threads can hang.
+    columns = SITUATION_COLUMNS if situations else COLUMNS
+    n_processes = len(os.sched_getaffinity(0))
+    # Spawned, not forked: a fork of a process that runs torch's threads can hang. They leave Ctrl-C
+    # to this one.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for us
-    with pool, open(path, "a") as file:
+    pool = ProcessPoolExecutor(n_processes, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    scores = []
+    bar = tqdm(total=len(dataset), desc="scoring", unit="mixture")
+    with writing(out), open(out / "scores.jsonl", "w") as file:
+        for start in range(0, len(dataset), 4 * n_processes):
+            tasks = []
+            for index in range(start, min(start + 4 * n_processes, len(dataset))):
+                item = dataset[index]
+                rows, references = make_rows(models, codec, item, situations)
+                arguments = (rows, item["mixture"], references, columns, codec.sample_rate)
+                tasks.append((item["name"], pool.submit(score_mixture, *arguments)))
+                if not situations:
+                    last = list(rows.values())[-1]
+                    write_estimates(out, item["name"], in_order(last, item["sources"]), codec)
+            for name, task in tasks:
+                scored = {"mixture": name, "rows": task.result()}
+                # JSON has no NaN.
+                line = json.dumps(scored).replace("NaN", "null")
+                print(line, file=file)
+                scores.append(scored)
+                bar.update()
+    bar.close()
+    pool.shutdown()
+    return scores
 
-        def collect(most: int) -> None:
-            while len(pending) > most:
-                name, future = pending.popleft()
-                scores[name] = json.loads(json.dumps(future.result()), parse_constant=lambda nan: None)
-                print(json.dumps({"mixture": name, "rows": scores[name]}), file=file, flush=True)
 
-        for index in tqdm(range(len(dataset)), desc="scoring", unit="mixture"):
-            if dataset.files[index].stem in scores:
-                continue
-            item = dataset[index]
-            signals, transmitted = rows_of(item)
-            references = {"": item["sources"], "c": transmitted}
-            task = pool.submit(score_rows, signals, item["mixture"], references, columns, dataset.sample_rate)
-            pending.append((item["name"], task))
-            for k, estimate in enumerate([*signals.values()][-1] if keep_audio else [], 1):
-                sf.write(out / "audio" / f"{item['name']}_s{k}.wav", estimate, dataset.sample_rate, "FLOAT")
-            collect(4 * processes)  # so that waiting signals don't fill the memory
-        collect(0)
-    return {path.stem: scores[path.stem] for path in dataset.files}
+def write_estimates(out: Path, name: str, estimates: np.ndarray, codec: Codec) -> None:
+    for k, estimate in enumerate(estimates, 1):
+        sf.write(out / "audio" / f"{name}_s{k}.wav", estimate, codec.sample_rate, "FLOAT")
 
 
-def summarise(scores: dict, columns: list[str]) -> dict:
-    """For each row its title, lag, and per column mean, half-width of the 95 % interval and mixtures left out."""
-    rows = {}
-    for row in next(iter(scores.values())):
-        mixtures = [{c: np.array(v, float) for c, v in s[row].items()} for s in scores.values()]  # None becomes NaN
-        lag = np.nanmedian(np.concatenate([[math.nan, *m.pop("lag")] for m in mixtures]))
-        title = ROWS.get(row, row)
-        rows[row] = {"title": title, "lag": {"median_samples": None if math.isnan(lag) else float(lag)}}
+# Tables -------------------------------------------------------------------------------------------
+
+TITLES = {
+    "mixture": "mixture, untouched",
+    "ceiling": "clean source through the codec",
+    "codecformer": "Codecformer",
+    "sepformer": "Sepformer",
+}
+
+
+def summarise(scores: list[dict], columns: list[Column]) -> dict[str, dict]:
+    """For each row: title, median lag, and for each column the mean over mixtures, half the width
+    of its 95 % interval, and how many mixtures were left out for want of a score.
+    """
+    summary = {}
+    for row in scores[0]["rows"]:
+        lags = [lag for scored in scores for lag in scored["rows"][row]["lag"]]
+        known = [lag for lag in lags if not math.isnan(lag)]
+        lag = float(np.median(known)) if known else None
+        summary[row] = {"title": TITLES.get(row, row), "lag": {"median_samples": lag}}
         for column in columns:
-            values = np.array([m[column].mean() for m in mixtures])
-            known = values[np.isfinite(values)]
-            mean = float(known.mean()) if len(known) else None
-            ci95 = float(1.96 * known.std(ddof=1) / len(known) ** 0.5) if len(known) > 1 else None
-            rows[row][column] = {"mean": mean, "ci95": ci95, "left_out": len(values) - len(known)}
-    return rows
+            means = np.array([np.mean(scored["rows"][row][column.name]) for scored in scores])
+            known = means[np.isfinite(means)]
+            n = len(known)
+            summary[row][column.name] = {
+                "mean": float(known.mean()) if n else None,
+                "ci95": float(1.96 * known.std(ddof=1) / n**0.5) if n > 1 else None,
+                "left_out": len(means) - n,
+            }
+    return summary
+
+
+def format_table(summary: dict[str, dict], columns: list[Column]) -> str:
+    """The summary as text; with intervals where there is room for them."""
+    with_interval = len(columns) < 8
+    width = 13 if with_interval else 9
+    indent = max(32, *(len(values["title"]) + 2 for values in summary.values()))
+    lines = [" " * indent + "".join(column.title.rjust(width) for column in columns)]
+    left_out = []
+    for values in summary.values():
+        line = values["title"].ljust(indent)
+        for column in columns:
+            value = values[column.name]
+            if value["mean"] is None:
+                line += "-".rjust(width)
+                continue
+            cell = f"{value['mean']:.{column.digits}f}"
+            if with_interval and value["ci95"] is not None:
+                cell += f" ±{value['ci95']:.{column.digits}f}"
+            line += cell.rjust(width)
+            if value["left_out"]:
+                left_out.append(f"{column.title} of {values['title']}: {value['left_out']}")
+        lag = values["lag"]["median_samples"]
+        if lag:
+            line += f"  shifted by {lag:+.0f} samples: SI-SDR and SDR are spoilt"
+        lines.append(line)
+    if left_out:
+        lines.append("Mixtures left out, since there is no such score: " + "; ".join(left_out))
+    return "\n".join(lines)
+
+
+# The listening page -------------------------------------------------------------------------------
+
+N_LISTEN = 8  # mixtures, evenly spaced through the set
+
+
+def spectrogram_png(audio: np.ndarray, rate: int) -> bytes:
+    """A picture of [T]: windows of 32 ms, time to the right, frequency upwards, 70 dB of range."""
+    from matplotlib.image import imsave
+    from scipy.signal import stft
+
+    window = round(0.032 * rate)
+    _, _, bins = stft(audio, rate, nperseg=window, noverlap=window * 3 // 4)
+    decibels = 20 * np.log10(np.abs(bins) + 1e-7)
+    loudest = decibels.max()
+    picture = io.BytesIO()
+    imsave(picture, decibels[::-1], vmin=loudest - 70, vmax=loudest, cmap="magma", format="png")
+    return picture.getvalue()
+
+
+def embedded(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def figure(name: str, audio: np.ndarray, rate: int) -> str:
+    """A spectrogram and a player of [T], as HTML that needs no other file."""
+    wav = io.BytesIO()
+    sf.write(wav, np.clip(audio, -1, 1), rate, format="WAV", subtype="PCM_16")
+    name = html.escape(name)
+    picture = embedded("image/png", spectrogram_png(audio, rate))
+    sound = embedded("audio/wav", wav.getvalue())
+    return (
+        f"<figure><figcaption>{name}</figcaption>"
+        f'<img alt="spectrogram of {name}" src="{picture}">'
+        f'<audio controls preload="metadata" src="{sound}"></audio></figure>'
+    )
+
+
+def write_page(out: Path, dataset, scores: list[dict], table: str, title: str, facts: str) -> Path:
+    """Writes `out`/index.html: some mixtures, their sources, and the estimates in `out`/audio."""
+    rate = dataset.sample_rate
+    examples = []
+    for index in np.linspace(0, len(dataset) - 1, min(N_LISTEN, len(dataset))).astype(int):
+        item = dataset[int(index)]
+        figures = [figure("mixture", item["mixture"], rate)]
+        for k, source in enumerate(item["sources"], 1):
+            estimate, _ = read_audio(out / "audio" / f"{item['name']}_s{k}.wav")
+            figures.append(figure(f"reference {k}", source, rate))
+            figures.append(figure(f"estimate {k}", estimate, rate))
+        separator = list(scores[index]["rows"].values())[-1]
+        gain = np.mean(separator["si_sdr_i"])
+        gain = "not defined" if math.isnan(gain) else f"{gain:+.1f} dB"
+        heading = html.escape(f"{item['name']}: SI-SDRi {gain}")
+        examples.append(f"<h2>{heading}</h2><section>{''.join(figures)}</section>")
+    template = string.Template((ASSETS / "page.html").read_text(encoding="utf-8"))
+    page = template.substitute(
+        title=html.escape(title),
+        facts=html.escape(facts),
+        count=len(examples),
+        khz=f"{rate / 2000:g}",
+        table=html.escape(table),
+        examples="".join(examples),
+    )
+    (out / "index.html").write_text(page, encoding="utf-8")
+    return out / "index.html"
+
+
+# The program --------------------------------------------------------------------------------------
+
+
+def load_models(checkpoints: dict[str, dict], device) -> dict[str, tuple]:
+    """{name: (model, RVQ before, RVQ after)}; a second one of a kind gets a number."""
+    models = {}
+    for path, checkpoint in checkpoints.items():
+        name = checkpoint["separator"]
+        if name in models:
+            name += str(len(models) + 1)
+        model = restore_model(checkpoint, path).to(device)
+        models[name] = (model, checkpoint["quantize_before"], checkpoint["quantize_after"])
+    return models
+
+
+def load_codec(checkpoints: dict[str, dict], models: dict, name: str | None, device) -> Codec:
+    """The codec of the checkpoints on latents, which must all be of one.
+
+    A separator on waveforms works behind any codec; if there are only such, the first one's.
+    """
+    on_latents = [
+        path for path, (model, *_) in zip(checkpoints, models.values()) if model.on_latents
+    ]
+    first = checkpoints[(on_latents or list(checkpoints))[0]]
+    codec = Codec.load(name or first["codec"]["name"], first["sample_rate"], device)
+    for path in on_latents:
+        check_codec(checkpoints[path], path, codec)
+    return codec
+
+
+def make_out(asked: str | None, label: str) -> Path:
+    """The folder of the results, new or empty. Raises UserError if it holds files."""
+    out = Path(asked or f"results/{label}")
+    number = 2
+    while asked is None and out.exists():
+        out = Path(f"results/{label}_{number}")
+        number += 1
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} holds other files: choose another --out")
+    with writing(out):
+        (out / "audio").mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def evaluate(args) -> None:
     device = choose_device()
+    choose_threads(workers=0)
     checkpoints = {path: load_checkpoint(path) for path in args.ckpt}
-    models = {}
-    for path, c in checkpoints.items():
-        name = c["separator"] if c["separator"] not in models else f"{c['separator']}{len(models) + 1}"
-        models[name] = restore_model(c, path).to(device), c["quantize_before"], c["quantize_after"]
-    # One on waveforms works behind any codec.
-    on_latents = [path for path, (model, *_) in zip(checkpoints, models.values()) if model.on_latents]
-    first = checkpoints[(on_latents or args.ckpt)[0]]
-    codec = Codec.load(args.codec or first["codec"]["name"], first["sample_rate"], device)
-    codec.use_codebooks(codec.n_codebooks if args.n_codebooks is None else args.n_codebooks)
-    for path in on_latents:
-        check_codec(checkpoints[path], path, codec)
-    dataset = FixedMixtures(args.data, codec.sample_rate, mix_folder=args.mix_folder)
-    for path, c in checkpoints.items():
-        made_for = c["config"]["n_speakers"], c["sample_rate"]
-        if made_for != (dataset.n_speakers, codec.sample_rate):
-            here = f"{args.data} mixes {dataset.n_speakers} at {codec.sample_rate} Hz"
-            raise SettingsError(f"{path} separates {made_for[0]} speakers at {made_for[1]} Hz, {here}: give a pair")
-
-    # The same checkpoints, set, flags and code share a folder; anything else has another.
-    files = [folder / path.name for path in dataset.files for folder in dataset.folders]
-    code = sorted([*HERE.glob("[!t]*.py"), *HERE.glob("recipes/*.py")])  # all but train.py and test_all.py
-    identity = [args.situations, codec.fingerprint, codec.bitrate, *files]
-    digest = hashlib.blake2b(json.dumps(identity, default=str).encode())
-    for path in [*args.ckpt, *files, *code]:
-        digest.update(Path(path).read_bytes())
-    digest = digest.hexdigest()[:12]
-    label = "_".join([*models, dataset.root.resolve().name, *["situations"] * args.situations, digest[:6]])
-    out = Path(args.out or Path("results") / label)
-    mark, made_from = out / "made_from.json", json.dumps({"digest": digest}) + "\n"
-    same = mark.exists() and mark.read_text() == made_from
-    if not same and out.is_dir() and any(path.is_file() for path in out.iterdir()):
-        raise SettingsError(f"{out} has other files or scores of other checkpoints, sets, flags or code: change --out")
-    make_folder(out / "audio")
-    mark.write_text(made_from)
-
+    models = load_models(checkpoints, device)
+    codec = load_codec(checkpoints, models, args.codec, device)
+    if args.n_codebooks is not None:
+        codec.use_codebooks(args.n_codebooks)
+    n_speakers = checkpoints[args.ckpt[0]]["config"]["n_speakers"]
+    for path, checkpoint in checkpoints.items():
+        made_for = (checkpoint["config"]["n_speakers"], checkpoint["sample_rate"])
+        if made_for != (n_speakers, codec.sample_rate):
+            raise UserError(f"{path} separates {made_for[0]} speakers at {made_for[1]} Hz: drop it")
+    dataset = open_mixtures(
+        locate(args.data), codec.sample_rate, n_speakers, mix_folder=args.mix_folder
+    )
     columns = SITUATION_COLUMNS if args.situations else COLUMNS
-    rows_of = lambda item: make_rows(models, codec, item, args.situations)  # noqa: E731
-    scores = score_set(dataset, rows_of, columns, out, keep_audio=not args.situations)
-    rows = summarise(scores, columns)
-    facts = ("separator", "config", "codec", "quantize_before", "quantize_after", "git", "args")
+    label = "_".join([*models, codec.name.replace("/", "-"), Path(args.data).resolve().name])
+    out = make_out(args.out, label)
+
+    scores = score_dataset(dataset, models, codec, args.situations, out)
+    summary = summarise(scores, columns)
+    facts = ("separator", "config", "codec", "quantize_before", "quantize_after", "git", "settings")
     results = {
-        "rows": rows, "n_mixtures": len(scores), "n_speakers": dataset.n_speakers,
-        "checkpoints": {portable(path): {k: c[k] for k in facts} for path, c in checkpoints.items()},
-        "codec": {k: getattr(codec, k) for k in ("name", "sample_rate", "codec_rate", "frame_rate", "bitrate", "lag")},
-        "data": portable(args.data), "mix_folder": dataset.folders[0].name, **provenance("evaluate.py"),
-    }  # fmt: skip
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\n{len(scores)} mixtures of {dataset.n_speakers} speakers from {portable(args.data)}")
-    for path, c in checkpoints.items():
-        trained = f"trained with {c['args']['loss']} on {c['args']['data']}, git {c['git']}"
-        print(f"{portable(path)}: {c['separator']}, codec {c['codec']['name']}, {trained}")
-    print(f"\n{format_table(rows)}\n\nThe codec's lag of {codec.lag} samples at {codec.codec_rate} Hz is removed.")
+        "rows": summary,
+        "n_mixtures": len(scores),
+        "n_speakers": n_speakers,
+        "checkpoints": {
+            portable(path): {fact: checkpoint[fact] for fact in facts}
+            for path, checkpoint in checkpoints.items()
+        },
+        "codec": {
+            "name": codec.name,
+            "fingerprint": codec.fingerprint,
+            "sample_rate": codec.sample_rate,
+            "codec_rate": codec.codec_rate,
+            "frame_rate": codec.frame_rate,
+            "bitrate": codec.bitrate,
+            "lag": codec.lag,
+        },
+        "data": portable(args.data),
+        "situations": args.situations,
+        **provenance("evaluate.py"),
+    }
+    with writing(out):
+        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    table = format_table(summary, columns)
+    paths = ", ".join(portable(path) for path in args.ckpt)
+    facts = (
+        f"{len(scores)} mixtures of {n_speakers} speakers from {portable(args.data)}; {paths}; "
+        f"codec {codec.name}, {codec.bitrate / 1000:g} kbit/s where it is quantised, its lag of "
+        f"{codec.lag} samples removed"
+    )
+    print(f"\n{facts}\n\n{table}\n")
     if args.situations:
-        print("Rows: separator / what it hears (the clean mixture, the mixture behind the codec, or its latents, to")
-        print("answer in latents) / where the RVQ is. Gains are over the clean mixture; c: the transmitted source.")
+        print(
+            "Rows: separator / what it hears (the clean mixture, the mixture behind the codec, or"
+        )
+        print("its latents, to answer in latents) / where the RVQ is. Gains are over the clean")
+        print("mixture; c: against the transmitted source.")
     else:
-        print(f"listen: {write_page(out, args.data).resolve().as_uri()}")
+        title = f"{list(summary.values())[-1]['title']} on {Path(args.data).resolve().name}"
+        with writing(out):
+            page = write_page(out, dataset, scores, table, title, facts)
+        print(f"listen: {page.resolve().as_uri()}")
     print(f"results: {out / 'results.json'}")
 
 
 def main() -> None:
     parser = Parser(description="Scores checkpoints on a set of mixtures.")
-    parser.add_argument("--ckpt", nargs="+", default=[str(ASSETS / "separator.pt")], help="of train.py")
+    default = portable(ASSETS / "separator.pt")
+    parser.add_argument("--ckpt", nargs="+", default=[default], help="checkpoints of train.py")
     parser.add_argument("--codec", help="where the checkpoint's codec lies now, if it has moved")
-    parser.add_argument("--n_codebooks", type=int, help="transmit with the RVQ's first ones only, at a lower rate")
-    parser.add_argument("--data", default=str(ASSETS / "test_mixtures"), help="folder with mix or mix_clean, s1, s2")
-    parser.add_argument("--mix_folder", choices=MIX_FOLDERS, help="of the set, where it has several")
-    parser.add_argument("--situations", action="store_true", help="the paper's table, for one or several --ckpt")
-    parser.add_argument("--out", help="folder of the results (default: one below results/)")
+    parser.add_argument("--n_codebooks", type=whole(1), help="use the RVQ's first ones only")
+    parser.add_argument("--data", default="assets/test_mixtures", help="set with mix, s1, s2")
+    parser.add_argument("--mix_folder", choices=MIX_FOLDERS, help="of a set that has several")
+    parser.add_argument("--situations", action="store_true", help="the paper's table")
+    parser.add_argument("--out", help="new folder for the results (default: one below results/)")
     args = parser.parse_args()
+    args.ckpt = [str(locate(path)) for path in args.ckpt]
     if len(args.ckpt) > 1 and not args.situations:
         parser.error("several --ckpt are compared with --situations")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the other processes too
     evaluate(args)
 
 

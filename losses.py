@@ -1,106 +1,108 @@
-"""SI-SDR, permutation-invariant training, and the three losses that Codecformer can be trained with.
+"""SI-SDR, permutation-invariant training (PIT), and the three losses Codecformer is trained with.
 
-Each training loss has the same signature, so that a new one is one function and one line in LOSSES:
+A training loss compares every estimate with every source of its mixture, and `pit` then picks the
+assignment that is best for each mixture. All three have the same signature, so that a new loss is
+one function and one line in LOSSES:
 
-    loss(codec, estimates, sources, margins) -> pairwise [B, S, S]
+    loss(codec, estimates, sources, margin) -> pairwise [B, S, S], in dB, lower is better
 
-with `estimates` the waveforms [B, S, T] that the separator arrives at, or their latents [B, S, D, F] where its line
-says so, and `sources` [B, S, T] the clean sources at the gain that brought their mixture to the codec's level, so that
-their latents are what a mask on the mixture's latents can reach; `margins` frames before and after are there for the
-codec's sake and not scored. Entry (b, i, j) says how badly estimate i fits source j, in dB, lower is better; `pit` then
-picks the permutation.
+    estimates   what the separator arrives at: waveforms [B, S, T], or latents [B, S, D, F] where
+                the loss's line in LOSSES says so
+    sources     the clean sources [B, S, T], at the gain that brought their mixture to the codec's
+                level: their latents are what a mask on the mixture's latents can reach
+    margin      frames at either end that are there for the codec's sake and are not scored
 
-SI-SDR is Le Roux et al., 2019, https://arxiv.org/abs/1811.02508; cSI-SDR is the
-Codecformer paper's, https://arxiv.org/abs/2406.12434; the embedding loss follows Codecformer-EL,
-https://arxiv.org/abs/2411.17998.
+Entry [b, i, j] says how badly estimate i fits source j of mixture b.
+
+SI-SDR is Le Roux et al., 2019, https://arxiv.org/abs/1811.02508; the codec SI-SDR (cSI-SDR) is the
+Codecformer paper's, https://arxiv.org/abs/2406.12434; the loss between latents follows
+Codecformer-EL, https://arxiv.org/abs/2411.17998.
 """
 
 from itertools import permutations
 
 import torch
 
-EPS = 1e-10  # an energy: it keeps silence finite and lies far below one 16-bit step in a second of audio
+# An energy. It keeps silence finite, and lies far below one 16-bit step in a second of audio.
+EPS = 1e-10
 
 
 def si_sdr(estimates: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-    """Scale-invariant signal-to-distortion ratio in dB over the last axis; [..., T], [..., T] -> [...].
+    """Scale-invariant signal-to-distortion ratio in dB; [..., T], [..., T] -> [...].
 
-    Means are removed first. Silent or constant input gives a finite value.
+    Means are removed first. Silent or constant signals give a finite value.
     """
     estimates = estimates - estimates.mean(-1, keepdim=True)
     sources = sources - sources.mean(-1, keepdim=True)
-    scale = (estimates * sources).sum(-1, keepdim=True) / (sources.square().sum(-1, keepdim=True) + EPS)
-    target = scale * sources
+    dot = (estimates * sources).sum(-1, keepdim=True)
+    energy = sources.square().sum(-1, keepdim=True)
+    target = dot / (energy + EPS) * sources  # the part of the estimate that is the source
     distortion = estimates - target
-    return 10 * torch.log10((target.square().sum(-1) + EPS) / (distortion.square().sum(-1) + EPS))
-
-
-def pit(pairwise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Permutation-invariant loss: the best assignment of estimates to sources, one per mixture.
-
-    pairwise: [B, S, S], the loss of estimate i against source j.
-    Returns the mean loss of the best assignment [B] and the assignment [B, S]: entry j is the estimate that
-    belongs to source j. All permutations are tried, 120 for five speakers.
-    """
-    columns = torch.arange(pairwise.shape[-1], device=pairwise.device)
-    candidates = torch.tensor(list(permutations(range(len(columns)))), device=pairwise.device)  # [P, S]
-    loss, best = pairwise[:, candidates, columns].mean(-1).min(-1)  # over [B, P]
-    return loss, candidates[best]
-
-
-def keep_hard(loss: torch.Tensor, threshold: float = -30.0) -> torch.Tensor:
-    """Drops mixtures that are separated already: those with a loss [B] at or below the threshold in dB.
-
-    Sepformer's recipe does the same, so that easy mixtures don't drown the others. What is left may be empty.
-    """
-    return loss[~(loss <= threshold)]  # NaN stays, for the caller to see
+    ratio = (target.square().sum(-1) + EPS) / (distortion.square().sum(-1) + EPS)
+    return 10 * torch.log10(ratio)
 
 
 def pairwise_negative_si_sdr(estimates: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-    """[B, S, T], [B, S, T] -> [B, S, S], entry (i, j) the negative SI-SDR of estimate i against source j."""
-    return -si_sdr(estimates[:, :, None], sources[:, None])
+    """[B, S, T], [B, S, T] -> [B, S, S]: the negative SI-SDR of estimate i against source j."""
+    every_estimate = estimates.unsqueeze(2)  # [B, S, 1, T]
+    every_source = sources.unsqueeze(1)  # [B, 1, S, T]
+    return -si_sdr(every_estimate, every_source)
 
 
 def pairwise_latent_error(estimates: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Latents [B, S, D, F] twice -> [B, S, S], squared error relative to the target's energy, in dB."""
-    error = (estimates[:, :, None] - targets[:, None]).square().mean((-1, -2))
-    return 10 * torch.log10((error + EPS) / (targets.square().mean((-1, -2))[:, None] + EPS))
+    """Latents [B, S, D, F] twice -> [B, S, S]: squared error over the target's energy, in dB."""
+    every_estimate = estimates.unsqueeze(2)  # [B, S, 1, D, F]
+    every_target = targets.unsqueeze(1)  # [B, 1, S, D, F]
+    error = (every_estimate - every_target).square().mean((-1, -2))  # [B, S, S]
+    energy = every_target.square().mean((-1, -2))  # [B, 1, S]
+    return 10 * torch.log10((error + EPS) / (energy + EPS))
 
 
-def crop(codec, latents, sources, position, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same `frames` of latents [B, S, D, F] and of sources [B, S, T], at positions [B] from 0 to 1.
+def pit(pairwise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Permutation-invariant training: the best assignment of estimates to sources of each mixture.
 
-    The codec is most of a step with the waveform losses, and a part of a segment tells how good its latents are.
+    pairwise: [B, S, S], the loss of estimate i against source j.
+    Returns the mean loss of the best assignment, [B], and the assignment, [B, S], whose entry j is
+    the estimate that belongs to source j. All permutations are tried: 2 for two speakers, 120 for
+    five.
     """
-    samples = codec.samples_per_frame
-    starts = (position * (max(sources.shape[-1] // samples - frames, 0) + 1)).int().tolist()
-    return (
-        torch.stack([z[..., start : start + frames] for z, start in zip(latents, starts)]),
-        torch.stack([s[..., start * samples : (start + frames) * samples] for s, start in zip(sources, starts)]),
-    )
+    n_speakers = pairwise.shape[-1]
+    device = pairwise.device
+    candidates = torch.tensor(list(permutations(range(n_speakers))), device=device)  # [P, S]
+    sources = torch.arange(n_speakers, device=device)  # [S]
+    losses = pairwise[:, candidates, sources].mean(-1)  # [B, P]: of source j with estimate p[j]
+    best_loss, best = losses.min(-1)
+    return best_loss, candidates[best]
 
 
-def inner(signal: torch.Tensor, margins: tuple[int, int], per_frame: int) -> torch.Tensor:
-    return signal[..., margins[0] * per_frame : signal.shape[-1] - margins[1] * per_frame]
+def without_margin(signals: torch.Tensor, margin: int) -> torch.Tensor:
+    """Leaves out the first and last `margin` steps; [..., T] -> [..., T - 2 * margin]."""
+    return signals[..., margin : signals.shape[-1] - margin]
 
 
-def si_sdr_loss(codec, estimates, sources, margins=(0, 0)):
+def si_sdr_loss(codec, estimates, sources, margin: int = 0) -> torch.Tensor:
     """Negative SI-SDR against the clean sources."""
-    if any(margins):
-        estimates, sources = (inner(x, margins, codec.samples_per_frame) for x in (estimates, sources))
+    if margin:
+        samples = margin * codec.samples_per_frame
+        estimates = without_margin(estimates, samples)
+        sources = without_margin(sources, samples)
     return pairwise_negative_si_sdr(estimates, sources)
 
 
-def csi_sdr_loss(codec, estimates, sources, margins=(0, 0)):
-    """Negative codec SI-SDR: against the sources as the codec itself would have transmitted them."""
-    return si_sdr_loss(codec, estimates, codec.transmit(sources), margins)
+def csi_sdr_loss(codec, estimates, sources, margin: int = 0) -> torch.Tensor:
+    """Negative codec SI-SDR: against the sources as the codec would have transmitted them."""
+    return si_sdr_loss(codec, estimates, codec.transmit(sources), margin)
 
 
-def embedding_loss(codec, latents, sources, margins=(0, 0)):
-    """The latents' error against those of the clean sources; nothing is decoded."""
-    targets = codec.encode(sources)[..., : latents.shape[-1]]  # those of a late codec are more
-    return pairwise_latent_error(inner(latents, margins, 1), inner(targets, margins, 1))
+def embedding_loss(codec, latents, sources, margin: int = 0) -> torch.Tensor:
+    """The error of the latents against those of the clean sources; nothing is decoded."""
+    targets = codec.encode(sources)[..., : latents.shape[-1]]  # a codec that is late needs more
+    return pairwise_latent_error(without_margin(latents, margin), without_margin(targets, margin))
 
 
-# For each name: the loss, and whether its estimates are latents, not decoded.
-LOSSES = {"si_sdr": (si_sdr_loss, False), "csi_sdr": (csi_sdr_loss, False), "embedding": (embedding_loss, True)}
+# Name: the loss, and whether its estimates are latents, not decoded.
+LOSSES = {
+    "si_sdr": (si_sdr_loss, False),
+    "csi_sdr": (csi_sdr_loss, False),
+    "embedding": (embedding_loss, True),
+}

@@ -1,40 +1,35 @@
-"""SoundStream: the neural codec of Lyra V2, with Google's weights or with weights of its own.
+"""SoundStream: the neural codec whose shape Lyra V2 has, and the one trained in this repository.
 
-    codec, weights = load_lyra()                 # fetched once; or load_lyra(folder of the three .tflite files)
-    latents = codec.encoder(wav)                 # [B, 1, F * 320] at 16 kHz -> [B, 64, F], 50 frames/s
-    wav = codec.decoder(codec.quantize(latents, 30))  # 30 of 46 codebooks are 6 kbit/s
+    network = SoundStream()                            # Lyra's shape, random weights
+    latents = network.encoder(wav)                     # [B, 1, F * 320] -> [B, 64, F]
+    latents, codes = network.quantize(latents, 30)     # codes [B, 30, F], 6 kbit/s
+    wav = network.decoder(network.dequantize(codes))   # [B, 64, F] -> [B, 1, F * 320]
 
 What is unusual:
-- Lyra publishes streaming TFLite graphs of one frame a call. Here the same layers are plain convolutions over whole
-  signals, padded with the zeros that the streams start from, in float where the original rounds its inner
-  activations to 8 bits. Gradients flow through all of it.
-- Inside, signals are [B, C, 1, T] in torch's channels-last layout: two-dimensional convolutions with a kernel one
-  high run there 1.5 times as fast on CPUs as one-dimensional ones on [B, C, T], whose depthwise ones are slow.
-- The outermost convolutions, whose kernel is a multiple of their stride, see the samples of a stride as channels,
-  which is a mere view in that layout: the same sums, in a third of the time (a tenth for the last).
+- Lyra publishes streaming graphs of one frame a call. Here the same layers are plain convolutions
+  over whole signals, padded with the zeros that the streams start from. Gradients flow through all
+  of it.
+- Inside, signals are [B, C, 1, T] in torch's channels-last layout: two-dimensional convolutions
+  with a kernel one high run there 1.5 times as fast on CPUs as one-dimensional ones on [B, C, T],
+  whose depthwise ones are slow.
+- Between latents and RVQ there can be networks too: latents then may be what separates best, and
+  codes what few bits carry best.
+- The outermost convolutions, whose kernel is a multiple of their stride, see the samples of a
+  stride as channels, which is a mere view in that layout: the same sums, in a third of the time.
 
-SoundStream is Zeghidour et al., 2021, https://arxiv.org/abs/2107.03312; Lyra V2 (Apache-2.0) is
-https://github.com/google/lyra, whose graphs define the structure below.
+SoundStream is Zeghidour et al., 2021, https://arxiv.org/abs/2107.03312. Lyra V2 is
+https://github.com/google/lyra, whose graphs define the structure below; lyra.py reads its weights.
 """
 
-import hashlib
-import os
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-LYRA_URL = "https://github.com/google/lyra/raw/v1.3.2/lyra/model_coeffs/"
-LYRA_FILES = {  # and their sha256
-    "soundstream_encoder.tflite": "237da0b16226fb0a68d49551c81bebf614e42142af72764448359f68581e88f1",
-    "lyragan.tflite": "50e7839cda4f30599a3a34cfaddcd9c98449b049eee884e1a74295780448ad06",
-    "quantizer.tflite": "841ee05989687d32d1f616a8ad1419fc7eda37599d3c05c7cf5a0d60ccf8ac5c",
-}
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codecformer"
+from program import save_tensors
+
 SLOPE = 0.3  # of every leaky ReLU
 DILATIONS = (1, 3, 9)  # of a stage's residual units
 
@@ -43,25 +38,56 @@ DILATIONS = (1, 3, 9)  # of a stage's residual units
 class SoundStreamConfig:
     """The shape of a SoundStream; Lyra's by default.
 
-    The first convolution makes `widths[0]` channels with that kernel (a multiple of its stride). Stage i, three
-    residual units of `widths[i]` and a convolution of kernel 2 * strides[i], makes `widths[i + 1]`. The decoder mirrors
-    all that. Convolutions from `group_width` channels on work in groups of so many, as far as Lyra's do.
-    codebook_dim: of a factorised codebook, as DAC's are, which sees that many projections of the latents; None: of the
-    latents themselves, as Lyra's are.
-    causal: pad on the left only, so that no frame waits for later samples.
+    The first convolution makes widths[0] channels. Stage i, three residual units of widths[i] and a
+    convolution of kernel 2 * strides[i], makes widths[i + 1]. The decoder mirrors all that.
     """
 
     sample_rate: int = 16000
-    kernel: int = 64
+    kernel: int = 64  # of the first convolution, a multiple of its stride
     stride: int = 16
     widths: tuple = (64, 128, 256, 512)
     strides: tuple = (5, 2, 2)
-    group_width: int = 64
+    group_width: int = 64  # convolutions of more channels work in groups of so many, as Lyra's do
     latent_dim: int = 64
     n_codebooks: int = 46
     codebook_size: int = 16
-    codebook_dim: int | None = None
-    causal: bool = True
+    # Around the RVQ, networks that bring latents to `code_dim` dimensions and back, of so many
+    # rounds of residual units. Lyra has none: its codebooks hold latents.
+    code_dim: int | None = None
+    coder_rounds: int = 0
+    causal: bool = True  # pad on the left only, so that no frame waits for later samples
+
+
+class SoundStream(nn.Module):
+    """Encoder, quantizer and decoder: a bare network, which `Codec` in dac_wrapper.py wraps."""
+
+    def __init__(self, config: SoundStreamConfig = SoundStreamConfig()):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.analysis, self.synthesis = make_coder(config)
+        code_dim = config.code_dim or config.latent_dim
+        self.quantizer = ResidualVectorQuantizer(config.n_codebooks, config.codebook_size, code_dim)
+        self.sample_rate = config.sample_rate
+        self.hop_length = self.encoder.hop
+        self.latent_dim = config.latent_dim
+        self.n_codebooks = config.n_codebooks
+        self.codebook_size = config.codebook_size
+
+    def quantize(self, latents: torch.Tensor, n_codebooks: int):
+        """Latents [B, D, F] -> the same through the first n codebooks, and their codes [B, n, F].
+
+        Gradients pass straight through, as if nothing had been rounded.
+        """
+        points = on_frames(self.analysis, latents)  # [B, code_dim, F]
+        entries, codes = self.quantizer(points, n_codebooks)
+        quantised = on_frames(self.synthesis, entries)
+        return quantised.detach() + (latents - latents.detach()), codes
+
+    def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [B, n, F] of the first n codebooks -> latents [B, D, F]."""
+        return on_frames(self.synthesis, self.quantizer.look_up(codes))
 
 
 class Conv(nn.Conv2d):
@@ -73,26 +99,31 @@ class Conv(nn.Conv2d):
         self.ends = (missing, 0) if causal else (missing // 2, missing - missing // 2)
 
     def forward(self, x):
-        return super().forward(F.pad(x, self.ends) if any(self.ends) else x)
+        if any(self.ends):
+            x = F.pad(x, self.ends)
+        return super().forward(x)
 
 
 class Depthwise(Conv):
     """A convolution of kernel 3 for each channel on its own."""
 
     def __init__(self, width, dilation, causal):
-        super().__init__(width, width, 3, dilation=dilation, groups=width, bias=False, causal=causal)
+        super().__init__(
+            width, width, 3, dilation=dilation, groups=width, bias=False, causal=causal
+        )
 
     def forward(self, x):
-        dilation, length = self.dilation[1], x.shape[-1]
-        if x.is_cuda:  # as a sum, which a compiler fuses with its neighbours
-            x = F.pad(x, self.ends)
-            return sum(self.weight[:, 0, :, k, None] * x[..., k * dilation :][..., :length] for k in range(3))
-        if dilation <= 3:
+        dilation = self.dilation[1]
+        if dilation <= 3 or x.is_cuda:
             return super().forward(x)
-        # On CPUs the gradient of wide dilations takes three times as long as this: rows of `dilation` samples,
-        # which a convolution of three neighbouring rows, undilated, combines just as well.
-        rows = F.pad(x, (self.ends[0], self.ends[1] + -length % dilation)).unflatten(3, (-1, dilation))[:, :, 0]
-        return F.conv2d(rows, self.weight.transpose(2, 3), groups=self.groups).flatten(2)[:, :, None, :length]
+        # On CPUs the gradient of wide dilations takes three times as long as this: rows of
+        # `dilation` samples, of which an undilated convolution combines three neighbouring ones.
+        length = x.shape[-1]
+        left, right = self.ends
+        rows = F.pad(x, (left, right + -length % dilation))
+        rows = rows.unflatten(3, (-1, dilation))[:, :, 0]  # [B, C, rows, dilation]
+        combined = F.conv2d(rows, self.weight.transpose(2, 3), groups=self.groups)
+        return combined.flatten(2)[:, :, None, :length]
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -103,10 +134,13 @@ class Upsample(nn.ConvTranspose2d):
         self.start = 0 if causal else stride // 2
 
     def forward(self, x):
-        return super().forward(x)[..., self.start : self.start + x.shape[-1] * self.stride[1]]
+        longer = super().forward(x)
+        return longer[..., self.start : self.start + x.shape[-1] * self.stride[1]]
 
 
 class ResidualUnit(nn.Module):
+    """[B, width, 1, T] -> the same."""
+
     def __init__(self, width, dilation, groups, causal):
         super().__init__()
         self.layers = nn.Sequential(
@@ -124,196 +158,122 @@ class ResidualUnit(nn.Module):
 class Encoder(nn.Module):
     """Waveforms [B, 1, F * hop] -> latents [B, D, F]. Raises ValueError for other lengths."""
 
-    def __init__(self, c: SoundStreamConfig):
+    def __init__(self, config: SoundStreamConfig):
         super().__init__()
-        self.stride, self.hop = c.stride, c.stride * prod(c.strides)
-        layers = [Conv(c.stride, c.widths[0], c.kernel // c.stride, causal=c.causal)]
-        for width, out, stride in zip(c.widths, c.widths[1:], c.strides):
-            groups = max(width // c.group_width, 1)
-            layers += [ResidualUnit(width, dilation, groups, c.causal) for dilation in DILATIONS]
-            layers += [nn.LeakyReLU(SLOPE), Conv(width, out, 2 * stride, stride, groups=groups, causal=c.causal)]
-        layers += [nn.LeakyReLU(SLOPE), Conv(c.widths[-1], c.latent_dim, 3, groups=groups, causal=c.causal)]
+        widths = config.widths
+        causal = config.causal
+        self.stride = config.stride
+        self.hop = config.stride * prod(config.strides)
+        layers = [Conv(config.stride, widths[0], config.kernel // config.stride, causal=causal)]
+        for width, out, stride in zip(widths, widths[1:], config.strides):
+            groups = max(width // config.group_width, 1)
+            layers += [ResidualUnit(width, dilation, groups, causal) for dilation in DILATIONS]
+            layers.append(nn.LeakyReLU(SLOPE))
+            layers.append(Conv(width, out, 2 * stride, stride, groups=groups, causal=causal))
+        layers.append(nn.LeakyReLU(SLOPE))
+        layers.append(Conv(widths[-1], config.latent_dim, 3, groups=groups, causal=causal))
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
     def forward(self, wav):
-        if wav.shape[-1] % self.hop or not wav.shape[-1]:
-            raise ValueError(f"{wav.shape[-1]} samples are no multiple of the codec's {self.hop} a frame")
-        samples = wav.reshape(len(wav), -1, 1, self.stride).transpose(1, 3)  # [B, stride, 1, T]
-        return self.layers(samples)[:, :, 0]
+        batch, _, length = wav.shape
+        if length == 0 or length % self.hop:
+            raise ValueError(f"{length} samples are no multiple of the codec's {self.hop} a frame")
+        strides = wav.reshape(batch, -1, 1, self.stride).transpose(1, 3)  # [B, stride, 1, T]
+        return self.layers(strides)[:, :, 0]
 
 
 class Decoder(nn.Module):
-    """Latents [B, D, F] -> waveforms [B, 1, F * hop]."""
+    """Latents [B, D, F] -> waveforms [B, 1, F * hop]: the encoder's mirror."""
 
-    def __init__(self, c: SoundStreamConfig):
+    def __init__(self, config: SoundStreamConfig):
         super().__init__()
-        groups = max(c.widths[-2] // c.group_width, 1)
-        layers = [Conv(c.latent_dim, c.widths[-1], 3, groups=groups, causal=c.causal)]
-        for width, out, stride in zip(c.widths[:0:-1], c.widths[-2::-1], c.strides[::-1]):
-            groups = max(out // c.group_width, 1)
-            layers += [nn.LeakyReLU(SLOPE), Upsample(width, out, stride, groups, c.causal)]
-            layers += [ResidualUnit(out, dilation, groups, c.causal) for dilation in DILATIONS]
-        layers += [nn.LeakyReLU(SLOPE), Conv(c.widths[0], c.stride, c.kernel // c.stride, causal=c.causal)]
+        widths = config.widths[::-1]
+        causal = config.causal
+        groups = max(widths[1] // config.group_width, 1)
+        layers = [Conv(config.latent_dim, widths[0], 3, groups=groups, causal=causal)]
+        for width, out, stride in zip(widths, widths[1:], config.strides[::-1]):
+            groups = max(out // config.group_width, 1)
+            layers.append(nn.LeakyReLU(SLOPE))
+            layers.append(Upsample(width, out, stride, groups, causal))
+            layers += [ResidualUnit(out, dilation, groups, causal) for dilation in DILATIONS]
+        layers.append(nn.LeakyReLU(SLOPE))
+        layers.append(
+            Conv(widths[-1], config.stride, config.kernel // config.stride, causal=causal)
+        )
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
     def forward(self, latents):
-        samples = self.layers(latents[:, :, None].contiguous(memory_format=torch.channels_last))  # [B, stride, 1, T]
-        return samples.transpose(1, 3).reshape(len(latents), 1, -1)
+        x = latents[:, :, None].contiguous(memory_format=torch.channels_last)
+        strides = self.layers(x)  # [B, stride, 1, T]
+        return strides.transpose(1, 3).reshape(len(latents), 1, -1)
 
 
 def nearest(points: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
-    """The number of the entry [K, D] with the least Euclidean distance to each point; [..., D] -> [...]."""
-    return (entries.square().sum(-1) - 2 * F.linear(points, entries)).argmin(-1)  # the points' own norm is in all
+    """The number of the entry [K, D] with the least Euclidean distance to each point [..., D]."""
+    # The square of the point itself is the same for all entries.
+    distances = entries.square().sum(-1) - 2 * F.linear(points, entries)  # [..., K]
+    return distances.argmin(-1)
 
 
 class ResidualVectorQuantizer(nn.Module):
-    """Each codebook in turn gives its entry nearest to what the ones before have left.
+    """RVQ: each codebook in turn gives its entry nearest to what the ones before have left."""
 
-    A factorised codebook has entries of `codebook_dim` < `dim` numbers: `project` brings latents there, `restore` back.
-    """
-
-    def __init__(self, n_codebooks, codebook_size, dim, codebook_dim=None):
+    def __init__(self, n_codebooks: int, codebook_size: int, dim: int):
         super().__init__()
-        self.codebooks = nn.Parameter(torch.randn(n_codebooks, codebook_size, codebook_dim or dim))
-        self.factorised = codebook_dim is not None
-        if self.factorised:
-            self.project = nn.Parameter(torch.randn(n_codebooks, codebook_dim, dim) / dim**0.5)
-            self.restore = nn.Parameter(self.project.data.transpose(1, 2).clone())
+        self.codebooks = nn.Parameter(torch.randn(n_codebooks, codebook_size, dim))
 
-    def forward(self, latents, n_codebooks):
-        """Latents [B, D, F] -> the sum of the chosen entries [B, D, F] and their numbers [B, n_codebooks, F]."""
-        rest = latents.detach().transpose(1, 2)  # [B, F, D]
-        total, codes = 0, []
-        for k in range(n_codebooks):
-            points = F.linear(rest, self.project[k].detach()) if self.factorised else rest
-            codes.append(nearest(points, self.codebooks[k].detach()))
-            entry = F.embedding(codes[-1], self.codebooks[k])
-            if self.factorised:
-                entry = F.linear(entry, self.restore[k])
-            total = total + entry
-            rest = rest - entry.detach()
-        return total.transpose(1, 2), torch.stack(codes, 1)
+    def forward(self, points: torch.Tensor, n_codebooks: int):
+        """Points [B, D, F] -> the sum of the chosen entries [B, D, F], their numbers [B, n, F]."""
+        rest = points.detach().transpose(1, 2)  # [B, F, D]
+        total = torch.zeros_like(rest)
+        codes = []
+        for codebook in self.codebooks[:n_codebooks]:
+            chosen = nearest(rest, codebook)  # [B, F]
+            entries = F.embedding(chosen, codebook)
+            total = total + entries
+            rest = rest - entries.detach()
+            codes.append(chosen)
+        return total.transpose(1, 2), torch.stack(codes, dim=1)
 
-
-class SoundStream(nn.Module):
-    """Encoder, quantizer and decoder, the bare network that `Codec` wraps."""
-
-    def __init__(self, config: SoundStreamConfig = SoundStreamConfig()):
-        super().__init__()
-        self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quantizer = ResidualVectorQuantizer(
-            config.n_codebooks, config.codebook_size, config.latent_dim, config.codebook_dim
-        )
-        self.sample_rate, self.hop_length, self.latent_dim = config.sample_rate, self.encoder.hop, config.latent_dim
-        self.n_codebooks, self.codebook_size = config.n_codebooks, config.codebook_size
-
-    def quantize(self, latents: torch.Tensor, n_codebooks: int) -> torch.Tensor:
-        """Latents [B, D, F] through the first `n_codebooks` and back; gradients pass straight through to them."""
-        return latents + (self.quantizer(latents, n_codebooks)[0] - latents).detach()
+    def look_up(self, codes: torch.Tensor) -> torch.Tensor:
+        """Numbers [B, n, F] of entries -> their sum [B, D, F], added in the order of `forward`."""
+        total = torch.zeros((), device=codes.device)
+        for k in range(codes.shape[1]):
+            total = total + F.embedding(codes[:, k], self.codebooks[k])
+        return total.transpose(1, 2)
 
 
-def save_soundstream(codec: SoundStream, path) -> None:
-    """Writes weights and shape; a run that is stopped leaves no half of a file."""
-    partial = Path(path).with_suffix(f".{os.getpid()}.part")
-    torch.save({"state_dict": codec.state_dict(), "metadata": {"kwargs": asdict(codec.config)}}, partial)
-    os.replace(partial, path)
+def make_coder(config: SoundStreamConfig) -> tuple[nn.Sequential, nn.Sequential]:
+    """The networks before and after the RVQ: empty ones where the config has no code_dim."""
+    dim = config.latent_dim
+
+    def units() -> list[nn.Module]:
+        dilations = DILATIONS * config.coder_rounds
+        return [ResidualUnit(dim, dilation, 1, config.causal) for dilation in dilations]
+
+    if config.code_dim is None:
+        return nn.Sequential(), nn.Sequential()
+    analysis = nn.Sequential(*units(), Conv(dim, config.code_dim, 1))
+    synthesis = nn.Sequential(Conv(config.code_dim, dim, 1), *units())
+    channels_last = torch.channels_last
+    return analysis.to(memory_format=channels_last), synthesis.to(memory_format=channels_last)
 
 
-# Google's weights ----------------------------------------------------------------------------------------------------
+def on_frames(network: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """A network of this file's layers on [B, D, F], which they see as [B, D, 1, F]."""
+    x = x[:, :, None].contiguous(memory_format=torch.channels_last)
+    return network(x)[:, :, 0]
 
 
-def load_lyra(folder=None) -> tuple[SoundStream, dict]:
-    """Lyra V2 and its weights: converted from the files in `folder`, or fetched once and kept in the user's cache.
-
-    Raises CodecError with one line that says what to do.
-    """
-    if folder is not None:
-        codec = convert_lyra(folder)
-        return codec, codec.state_dict()
-    from dac_wrapper import download, load_file  # here, since that module knows this one
-
-    path = CACHE / "lyra_v2.pth"
-    if not path.exists():
-        for name in LYRA_FILES:
-            if not (CACHE / name).exists():
-                download(LYRA_URL + name, CACHE / name)
-        save_soundstream(load_lyra(CACHE)[0], path)
-    return load_file(path)
+def save_soundstream(network: SoundStream, path) -> None:
+    """Writes weights and shape in the layout of DAC's releases. Raises UserError."""
+    metadata = {"kwargs": asdict(network.config)}
+    save_tensors({"state_dict": network.state_dict(), "metadata": metadata}, path)
 
 
-@torch.no_grad()
-def convert_lyra(folder) -> SoundStream:
-    """Lyra V2 from its three .tflite files in `folder`.
-
-    Raises CodecError for a file that is missing or not the one published with v1.3.2.
-    """
-    from dac_wrapper import CodecError  # here, since that module knows this one
-
-    for name, checksum in LYRA_FILES.items():
-        path = Path(folder) / name
-        if not path.exists():
-            raise CodecError(f"no {path}: fetch it from {LYRA_URL + name}")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
-            raise CodecError(f"{path} is not the file that Lyra v1.3.2 has: remove it and fetch it anew")
-    (_, encoder), (_, decoder), (constants, _) = (read_tflite(Path(folder) / name) for name in LYRA_FILES)
-    codec = SoundStream()
-    first, last = codec.encoder.layers[0], codec.decoder.layers[-1]
-    samples = (-1, first.kernel_size[1], 1, first.in_channels)  # a kernel's 64 samples as four strides of 16
-    for network, layers in ((codec.encoder, iter(encoder)), (codec.decoder, iter(decoder))):
-        for module in network.layers.modules():
-            if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                continue
-            # The graphs have a transposed convolution for each group.
-            parts = [next(layers) for _ in range(module.groups if isinstance(module, Upsample) else 1)]
-            weight, bias = (torch.cat(tensors) for tensors in zip(*parts))
-            if module is first:
-                weight = weight.view(samples).transpose(1, 3)
-            elif module is last:  # transposed: its kernel runs backwards in time
-                weight = weight.view(samples).flip(1).permute(3, 0, 2, 1)
-            module.weight.copy_(weight)
-            if module.bias is not None:  # the depthwise ones' are zeros
-                module.bias.copy_(bias)  # the last one's for all samples of a stride
-    names = ["transpose", *(f"transpose_{i}" for i in range(1, codec.n_codebooks))]
-    codec.quantizer.codebooks.copy_(torch.stack([constants[name] for name in names]))
-    return codec.eval()
-
-
-def read_tflite(path) -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The constants of a .tflite file by name, and (weight, bias) of its convolutions in the order they run.
-
-    8-bit constants are scaled back to floats. Weights are laid out as torch's: [out, in / groups, 1, kernel], of
-    transposed convolutions [in, out, 1, kernel].
-    """
-    import tflite  # to convert once
-
-    model = tflite.Model.GetRootAs(Path(path).read_bytes(), 0)
-    graph = model.Subgraphs(0)
-    kinds = {tflite.TensorType.FLOAT32: np.float32, tflite.TensorType.INT32: np.int32, tflite.TensorType.INT8: np.int8}
-    constants = []  # by number
-    for tensor in (graph.Tensors(i) for i in range(graph.TensorsLength())):
-        buffer = model.Buffers(tensor.Buffer())
-        if not buffer.DataLength():
-            constants.append(None)
-            continue
-        shape = [tensor.Shape(i) for i in range(tensor.ShapeLength())]
-        values = buffer.DataAsNumpy().view(kinds[tensor.Type()]).reshape(shape).astype(np.float32)
-        quantization = tensor.Quantization()
-        if quantization and quantization.ScaleLength():
-            axis = [1] * len(shape)
-            axis[quantization.QuantizedDimension()] = -1
-            values -= quantization.ZeroPointAsNumpy().reshape(axis)
-            values *= quantization.ScaleAsNumpy().reshape(axis)
-        constants.append(torch.from_numpy(values))
-    layers = []
-    for op in (graph.Operators(i) for i in range(graph.OperatorsLength())):
-        code = model.OperatorCodes(op.OpcodeIndex())
-        code = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
-        # TFLite's weights are [out, kernel, 1, in], of depthwise convolutions [1, kernel, 1, channels].
-        if code == tflite.BuiltinOperator.CONV_2D:
-            layers.append((constants[op.Inputs(1)].permute(0, 3, 2, 1), constants[op.Inputs(2)]))
-        elif code == tflite.BuiltinOperator.DEPTHWISE_CONV_2D:
-            layers.append((constants[op.Inputs(1)].permute(3, 0, 2, 1), constants[op.Inputs(2)]))
-        elif code == tflite.BuiltinOperator.TRANSPOSE_CONV:
-            layers.append((constants[op.Inputs(1)].permute(3, 0, 2, 1), constants[op.Inputs(3)]))
-    return {graph.Tensors(i).Name().decode(): constant for i, constant in enumerate(constants)}, layers
+def restore_soundstream(content: dict) -> SoundStream:
+    """The network of what `save_soundstream` wrote. Raises KeyError, TypeError or RuntimeError."""
+    network = SoundStream(SoundStreamConfig(**content["metadata"]["kwargs"]))
+    weights = content["state_dict"]
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return network

@@ -1,31 +1,36 @@
 """Trains a separator: the explicit loop, on one process or several.
 
-    python train.py                              config/bundled.txt: the speech and codec of this repository
+    python train.py                              the speech and the codec of this repository
     python train.py @config/wsj0_2mix.txt        the paper's run; flags after a file override it
-    torchrun --nproc_per_node=4 train.py         the same on 4 GPUs (nccl) or 4 CPU processes (gloo)
-    python train.py --resume                     goes on where the run in --out stopped, with its settings
+    torchrun --nproc_per_node=4 train.py         the same on 4 GPUs (nccl) or CPU processes (gloo)
+    python train.py --resume                     goes on where the run in --out stopped
 
-A run's folder holds args.json (its settings), last.pt (everything, to resume), best.pt (the weights with the best
-validation SI-SDRi, in half precision), steps.csv (a row an update), log.csv (a row an epoch) and curves.png.
+A run's folder holds
+    settings.json    its settings
+    steps.csv        a row an update
+    log.csv          a row an epoch
+    last.pt          everything, to resume
+    best.pt          the weights with the best validation SI-SDRi, in half precision
 
 What is unusual:
-- Every mixture is a pure function of (seed, epoch, index), and an update's are the same however many processes share
-  them: resuming needs no more than a step number, and N ranks with a batch of B compute what one computes with N * B,
-  but for dropout, which every update and rank draws anew from a seed of its own.
-- A mixture that can't be read is named and replaced by the next one; many stop the run.
-- The codec is frozen and stays outside DDP and autocast: only the separator learns, and runs in mixed precision.
+- Every mixture is a pure function of (seed, epoch, index), and an update's are the same however
+  many processes share them. So resuming needs no more than the number of updates made, and N
+  processes with a batch of B compute what one does with N * B, but for dropout, which every process
+  draws for itself.
+- The codec is frozen, and stays outside DDP and mixed precision: only the separator learns.
+- A mixture that is separated better than --threshold weighs nothing, as in Sepformer's recipe, so
+  that easy mixtures don't drown the others.
 """
 
-import contextlib
+import csv
+import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict
-from functools import partial
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,315 +39,626 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import (
-    SEPARATORS, RunFolder, SettingsError, build_model, check_codec, choose_device, git_revision, load_checkpoint,
-    mixed_precision, parse_args, restore_model, resumed_settings, run_program,
-)  # fmt: skip
+from checkpoint import SEPARATORS, build_model, check_codec, load_checkpoint, restore_model
 from codecformer import estimate_latents, separate
-from dac_wrapper import Codec
-from data import DataError, open_mixtures
-from losses import LOSSES, crop, keep_hard, pairwise_latent_error, pairwise_negative_si_sdr, pit, si_sdr
-from recipes.curves import draw
+from dac_wrapper import CODECS, Codec
+from data import MIX_FOLDERS, Replaced, open_mixtures
+from losses import LOSSES, pairwise_negative_si_sdr, pit, si_sdr
+from program import (
+    Parser,
+    UserError,
+    add_flags,
+    choose_device,
+    choose_precision,
+    choose_threads,
+    git_revision,
+    locate,
+    number,
+    run_program,
+    save_tensors,
+    setting,
+    whole,
+    writing,
+)
 
 
-class SkipBroken:
-    """Gives the next mixture for one that can't be read, and why as `broken`, a line each; DataError after 100."""
+@dataclass
+class Settings:
+    """A run. Each field is a flag of its name; the defaults are what `python train.py` runs."""
 
-    def __init__(self, mixtures, seed: int = 0):
-        self.mixtures, self.seed = mixtures, seed
+    # data
+    data: str = setting("assets/speech/train", "folder of speakers, or fixed set (mix, s1, s2)")
+    valid: str = setting("assets/speech/valid", "the same, of other recordings")
+    sample_rate: int = setting(8000, "Hz, of mixtures and estimates", whole(1000, 192000))
+    seconds: float = setting(2.0, "length of a training segment", number(0.1, 600))
+    speeds: list[int] = setting((90, 95, 100, 105, 110), "percent, one drawn for each source")
+    n_speakers: int = setting(2, "in a mixture", whole(2, 5))
+    mix_folder: str | None = setting(None, "of a fixed set that has several", choices=MIX_FOLDERS)
+    noise: str | None = setting(None, "folder of noise for mixtures drawn on the fly")
+    snr: list[float] | None = setting(None, "dB of the speech over the noise, low and high")
+    epoch_size: int | None = setting(2400, "mixtures an epoch, at most a fixed set's", whole(1))
+    valid_size: int | None = setting(40, "validation mixtures, at most a fixed set's", whole(1))
+    workers: int = setting(1, "processes that make mixtures", whole(0, 64))
+    # codec and separator; the separator's own sizes are flags too
+    codec: str = setting("transform", f"{', '.join(CODECS)}, or a weights file")
+    quantize_before: bool = setting(False, "the separator sees quantised latents")
+    quantize_after: bool = setting(False, "its estimates are quantised")
+    model: str = setting("codecformer", "separator", choices=list(SEPARATORS))
+    init: str | None = setting(None, "checkpoint whose separator to start from")
+    # loss; without the flag the one between latents, or for a separator on waveforms SI-SDR
+    loss: str | None = setting(None, "what is minimised", choices=list(LOSSES))
+    loss_seconds: float = setting(0.0, "the loss sees a crop of so many; 0: all", number(0, 600))
+    threshold: float = setting(-30.0, "dB; a mixture with a loss below it weighs nothing")
+    # optimisation
+    lr: float = setting(1e-3, "rate of Adam", number(1e-12))
+    schedule: str = setting("cosine", "of the rate", choices=["cosine", "plateau"])
+    warmup: int = setting(100, "cosine: updates in which the rate rises", whole(1))
+    patience: int = setting(2, "plateau: epochs without gain until it is halved", whole(0))
+    plateau_start: int = setting(5, "plateau: the first epoch that counts", whole(0))
+    batch_size: int = setting(8, "mixtures a process and forward pass", whole(1))
+    accumulate: int = setting(1, "forward passes an update", whole(1))
+    clip: float = setting(5.0, "largest norm of the gradient", number(1e-12))
+    epochs: int = setting(5, "until the run ends", whole(1))
+    precision: str = setting("auto", "of the separator", choices=["auto", "fp32", "bf16", "fp16"])
+    seed: int = setting(0, "of weights and mixtures", whole(0))
+    # run
+    out: str = setting("runs/bundled", "folder of the run")
+    max_steps: int | None = setting(None, "end after so many updates", whole(1))
+    save_every: int = setting(200, "updates between checkpoints", whole(1))
+    compile: bool = setting(False, "compile the separator")
 
-    def __len__(self) -> int:
-        return len(self.mixtures)
-
-    def __getitem__(self, key) -> dict:
-        epoch, index = key  # position: where the loss is taken with --loss_seconds, in [0, 1)
-        position, broken = np.random.default_rng([self.seed, epoch, index, 1]).random(dtype=np.float32), []
-        while len(broken) < 100:
-            try:
-                item = self.mixtures[epoch, (index + len(broken)) % len(self)]
-                return {**item, "position": position, "broken": "\n".join(broken)}
-            except DataError as error:
-                broken.append(str(error))
-        raise DataError(f"100 mixtures in a row can't be made: {broken[-1]}")
+    def __post_init__(self):
+        self.speeds = list(self.speeds)
 
 
-class Batches:
-    """This rank's batches of (epoch, index): workers outlive epochs. shape: accumulate, world, batch_size."""
+# The separator of `python train.py`: 2.3 million parameters. Without a config file these are the
+# defaults of its sizes; any other separator starts from the defaults of its own config.
+DEFAULT_SIZES = {
+    "codecformer": dict(
+        features="log_power",
+        context=5,
+        d_model=160,
+        n_layers=5,
+        n_heads=5,
+        d_ffn=640,
+        dropout=0.0,
+    )
+}
 
-    def __init__(self, n_items: int, size: int | None, seed: int, rank: int, shape: tuple[int, int, int]):
-        self.n_items, self.seed, self.rank, self.shape = n_items, seed, rank, shape
-        size = min(size or n_items, n_items)
-        self.updates, self.start = size // math.prod(shape), 0  # an epoch's; the update to go on after
-        if self.updates < 1:
-            raise SettingsError(f"an epoch of {size} mixtures is less than one update: lower --batch_size")
+# May be given anew on --resume; all else stays as the run began.
+CHANGEABLE = {
+    "epochs", "max_steps", "save_every", "workers", "data", "valid", "noise", "codec", "compile",
+    "out",
+}  # fmt: skip
 
-    def __iter__(self):
-        epoch, first = divmod(self.start, self.updates)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.n_items)
-        order = order[: self.updates * math.prod(self.shape)].reshape(self.updates, *self.shape)
-        for batch in order[first:, :, self.rank].reshape(-1, self.shape[-1]).tolist():
-            yield [(epoch, index) for index in batch]
+# Frames on either side of a crop that the loss doesn't see. At the cut ends of a signal a codec
+# lacks what it looks at: the 16 kHz DAC's encoder sees 7.8 frames to either side, its decoder 10.
+MARGIN = 10
 
 
-def ignore_signals(worker: int) -> None:  # Ctrl-C reaches the workers too, who must live until the loop has saved
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def train(given: dict, resume: bool) -> None:
+    """A whole run. given: settings and sizes of the separator that differ from the defaults."""
+    out = Path(given.get("out", Settings.out))
+    checkpoint = load_last(out) if resume else None
+    if resume:
+        given = resumed(checkpoint["settings"], given)
+    settings = Settings(**{k: v for k, v in given.items() if k in Settings.__dataclass_fields__})
+    sizes = {k: v for k, v in given.items() if k not in Settings.__dataclass_fields__}
+
+    rank, world, device = join_processes()
+    n_threads = choose_threads(settings.workers, world)
+    codec = Codec.load(settings.codec, settings.sample_rate, device)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings.model, sizes, settings.n_speakers, codec.latent_dim).to(device)
+    settings.loss = settings.loss or ("embedding" if model.on_latents else "si_sdr")
+    check_settings(settings, model, codec)
+    start = checkpoint or (load_checkpoint(settings.init) if settings.init else None)
+    if start:
+        model = start_from(start, model, codec).to(device)
+    if settings.compile:
+        model.compile()  # in place: the weights keep their names
+    ddp = DistributedDataParallel(model) if world > 1 else model
+
+    common = dict(mix_folder=settings.mix_folder, noise=settings.noise, snr=settings.snr)
+    mixtures = open_mixtures(
+        locate(settings.data),
+        settings.sample_rate,
+        settings.n_speakers,
+        seconds=settings.seconds,
+        size=settings.epoch_size,
+        seed=settings.seed,
+        speeds=settings.speeds,
+        **common,
+    )
+    # The same mixtures whatever the run's seed, so that seeds can be compared.
+    valid_mixtures = open_mixtures(
+        locate(settings.valid),
+        settings.sample_rate,
+        settings.n_speakers,
+        size=settings.valid_size,
+        seed=1,
+        **common,
+    )
+    for dataset in (mixtures, valid_mixtures):
+        if dataset.n_speakers != settings.n_speakers:
+            raise UserError(f"{dataset.found}, not {settings.n_speakers}: see --n_speakers")
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, "max", factor=0.5, patience=settings.patience
+    )
+    precision = choose_precision(device, settings.precision)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    done = 0  # updates
+    skipped = 0  # of them, those that moved nothing
+    best = -math.inf  # validation SI-SDRi, dB
+    losses = []  # of this epoch's updates, dB
+    seconds_before = 0.0  # spent before the run was resumed
+    if resume:
+        training = checkpoint["training"]
+        optimizer.load_state_dict(training["optimizer"])
+        plateau.load_state_dict(training["plateau"])
+        if training["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(training["scaler"])
+        done = training["done"]
+        skipped = training["skipped"]
+        best = training["best"]
+        losses = training["losses"]
+        seconds_before = training["seconds"]
+
+    # An update takes world * accumulate batches. Which mixtures they hold follows from (seed,
+    # epoch, update) alone.
+    shape = (settings.accumulate, world, settings.batch_size)
+    batches = Batches(len(mixtures), settings.epoch_size, settings.seed, shape, rank)
+    batches.first = done
+    batches.end = settings.epochs * batches.updates
+    updates = batches.updates  # an epoch's
+    end = min(batches.end, settings.max_steps or math.inf)
+    if resume and batches.per_update != training["per_update"]:
+        had = training["per_update"]
+        raise UserError(
+            f"{world} process(es) make {batches.per_update} mixtures an update, not {had}"
+        )
+    if resume and done >= end:
+        raise UserError(f"the run ended after {done} updates: raise --epochs or --max_steps")
+    loader = iter(
+        DataLoader(
+            Replaced(mixtures),
+            batch_sampler=batches,
+            num_workers=settings.workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=leave_signals_to_parent,
+        )
+    )
+    began = time.monotonic()
+    first = done
+    stuck = 0  # updates in a row that moved nothing
+    told = set()  # why mixtures were passed over
+
+    def predict(inputs: torch.Tensor) -> torch.Tensor:
+        """The separator, in mixed precision where that is on."""
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            return ddp(inputs)
+
+    def state() -> dict:
+        """What a checkpoint holds of the run."""
+        return {
+            "separator": settings.model,
+            "config": asdict(model.config),
+            "model": model.state_dict(),
+            "sample_rate": settings.sample_rate,
+            "codec": {"name": settings.codec, "fingerprint": codec.fingerprint},
+            "quantize_before": settings.quantize_before,
+            "quantize_after": settings.quantize_after,
+            "settings": {**asdict(settings), **sizes},
+            "git": git_revision(),
+            "training": {
+                "optimizer": optimizer.state_dict(),
+                "plateau": plateau.state_dict(),
+                "scaler": scaler.state_dict(),
+                "done": done,
+                "skipped": skipped,
+                "best": best,
+                "losses": losses,
+                "seconds": seconds_before + time.monotonic() - began,
+                "per_update": batches.per_update,
+            },
+        }
+
+    if rank == 0:
+        begin_folder(out, state(), resume)
+        n_parameters = sum(p.numel() for p in model.parameters())
+        print(mixtures.found, valid_mixtures.found, sep="\n")
+        print(
+            f"{n_parameters:,} parameters on {world} x {device.type} with {n_threads} thread(s), "
+            f"codec {settings.codec} with lag {codec.lag}"
+        )
+    bar = tqdm(total=end, initial=done, unit="step", smoothing=0.05, disable=rank > 0)
+
+    for epoch in range(done // updates, settings.epochs):
+        for _ in range(done % updates, updates):
+            if settings.schedule == "cosine":
+                rate = cosine_rate(settings.lr, done, batches.end, settings.warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+            rate = optimizer.param_groups[0]["lr"]
+            torch.manual_seed(seed_of_update(settings.seed, done, rank))  # dropout's
+            loss_of_update = 0.0
+            for micro in range(settings.accumulate):
+                # Gradients are averaged over the processes in the last backward pass alone.
+                ddp.require_backward_grad_sync = micro == settings.accumulate - 1
+                batch = next(loader)
+                report_broken(batch["broken"], told)
+                loss = mixture_losses(
+                    predict,
+                    model.on_latents,
+                    codec,
+                    batch,
+                    settings.loss,
+                    settings.quantize_before,
+                    settings.quantize_after,
+                    settings.loss_seconds,
+                )  # [B], dB
+                weight = ~(loss <= settings.threshold)  # not a number weighs, to be seen below
+                mean = torch.where(weight, loss, 0.0).mean() / settings.accumulate
+                scaler.scale(mean).backward()
+                loss_of_update += loss.detach().mean() / settings.accumulate
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            moves = 0 < norm.item() < math.inf  # the same on all processes
+            if moves:
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            done += 1
+            skipped += not moves
+            stuck = 0 if moves else stuck + 1
+            if stuck == 100:
+                raise UserError(
+                    "100 updates in a row moved nothing: lower --lr, check the data and --threshold"
+                )
+            loss_of_update = mean_of_processes(loss_of_update, world)
+            losses.append(loss_of_update)
+            if rank == 0:
+                add_row(out / "steps.csv", done, loss_of_update, norm.item(), rate)
+                bar.update()
+                bar.set_postfix(loss=np.mean(losses[-50:]), SI_SDRi=best)
+            if done == end:
+                break
+            # At the end of an epoch it is saved below, after the validation.
+            if rank == 0 and done % settings.save_every == 0 and done % updates:
+                save_tensors(state(), out / "last.pt")
+
+        rvq = (settings.quantize_before, settings.quantize_after)
+        gain = validate(model, codec, valid_mixtures, rvq, rank, world, told)  # dB
+        if settings.schedule == "plateau" and epoch + 1 >= settings.plateau_start:
+            if done % updates == 0:
+                plateau.step(gain)
+        if rank == 0:
+            rate = optimizer.param_groups[0]["lr"]
+            seconds = time.monotonic() - began
+            speed = (done - first) * batches.per_update / seconds
+            total = round(seconds_before + seconds)
+            mean = np.mean(losses)
+            add_row(out / "log.csv", epoch + 1, done, mean, gain, rate, skipped, total, speed)
+            tqdm.write(f"epoch {epoch + 1}: loss {mean:.2f}, validation SI-SDRi {gain:.2f} dB")
+        losses = []
+        if gain > best:
+            best = gain
+            if rank == 0:
+                save_best(state(), out / "best.pt")
+        if rank == 0:
+            save_tensors(state(), out / "last.pt")
+        if done == end:
+            break
+
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    if skipped == done:
+        reason = "no loss was finite and above --threshold"
+        raise UserError(f"none of {done} updates moved anything: {reason}, or no gradient finite")
+    if rank == 0:
+        print(
+            f"{done} updates, {skipped} of them left out; best SI-SDRi {best:.2f} dB: {out}/best.pt"
+        )
 
 
-def mixture_losses(predict, on_latents: bool, codec, batch, loss: str, rvq=(False, False), seconds=0.0, margins=(0, 0)):
-    """The loss of each mixture of a batch [B], in dB. predict: the separator, on latents or on waveforms.
+def mixture_losses(
+    predict,
+    on_latents: bool,
+    codec: Codec,
+    batch: dict,
+    loss_name: str,
+    quantize_before: bool = False,
+    quantize_after: bool = False,
+    crop_seconds: float = 0.0,
+) -> torch.Tensor:
+    """The loss of each mixture of a batch, [B], in dB.
 
-    rvq: before and after it; seconds: of the crop for the loss, without its margins (frames); 0, without any, for all.
+    predict: the separator, on latents or on waveforms. crop_seconds: of the crop that the loss
+    sees; 0: all.
     """
-    function, between_latents = LOSSES[loss]
-    if "latents" in batch:
-        latents = batch["latents"].to(codec.device)
-        return pit(pairwise_latent_error(estimate_latents(predict, codec, latents[:, 0], *rvq), latents[:, 1:]))[0]
-    mixture, sources = (batch[name].to(codec.device, non_blocking=True) for name in ("mixture", "sources"))
-    gain = codec.gain(mixture)
-    mixture, sources = mixture * gain, sources * gain[:, None]
+    loss, between_latents = LOSSES[loss_name]
+    mixture = batch["mixture"].to(codec.device, non_blocking=True)  # [B, T]
+    sources = batch["sources"].to(codec.device, non_blocking=True)  # [B, S, T]
+    gain = codec.gain(mixture)  # [B, 1]
+    mixture = mixture * gain
+    sources = sources * gain.unsqueeze(1)
     if not on_latents:
-        return pit(function(codec, predict(mixture).float(), sources))[0]
-    estimates = estimate_latents(predict, codec, codec.encode(mixture), *rvq)
-    if seconds:
-        frames = round(seconds * codec.frame_rate) + sum(margins)
+        estimates = predict(mixture).float()
+        return pit(loss(codec, estimates, sources))[0]
+
+    latents = codec.encode(mixture)  # [B, D, F]
+    estimates = estimate_latents(predict, codec, latents, quantize_before, quantize_after)
+    margin = 0
+    if crop_seconds:
+        margin = MARGIN
+        frames = round(crop_seconds * codec.frame_rate) + 2 * margin
         estimates, sources = crop(codec, estimates, sources, batch["position"], frames)
     if not between_latents:
         estimates = codec.decode(estimates, sources.shape[-1])
-    return pit(function(codec, estimates, sources, margins))[0]
+    return pit(loss(codec, estimates, sources, margin))[0]
 
 
-def open_run(args, checkpoint: dict | None, rank: int, world: int) -> SimpleNamespace:
-    """Opens, loads and builds what a run needs, and writes nothing. checkpoint: to resume or to start from."""
-    common = {name: getattr(args, name) for name in ("n_speakers", "noise", "snr", "mix_folder")}
-    segments = dict(seconds=args.seconds, size=args.epoch_size, seed=args.seed, speeds=args.speeds)
-    data = open_mixtures(args.data, args.sample_rate, True, **segments, **common)
-    # The same mixtures whatever the run's seed, so that seeds can be compared.
-    valid = open_mixtures(args.valid, args.sample_rate, False, size=args.valid_size, seed=1, **common)
-    codec = Codec.load(args.codec, args.sample_rate, choose_device())
-    device = codec.device
-    between_latents, separator = LOSSES[args.loss][1], SEPARATORS[args.model][0]
-    rvq = args.quantize_before, args.quantize_after
-    if hasattr(data, "codec") and (data.codec["fingerprint"] != codec.fingerprint or not between_latents):
-        raise SettingsError(f"{args.data} holds latents of {data.codec['name']}: use --codec so and --loss embedding")
-    if not separator.on_latents and (between_latents or any(rvq) or args.loss_seconds):
-        raise SettingsError(f"{args.model} has no latents: give no --quantize_*, --loss_seconds or --loss embedding")
-    margins = codec.margins() if args.loss_seconds else (0, 0)
-    if args.loss_seconds and args.seconds * args.sample_rate <= sum(margins) * codec.samples_per_frame:
-        raise SettingsError(f"{sum(margins)} frames at the ends of a segment are not scored: raise --seconds")
-    batches = Batches(len(data), args.epoch_size, args.seed, rank, (args.accumulate, world, args.batch_size))
-    torch.manual_seed(args.seed)
-    model = build_model(vars(args), codec.latent_dim).to(device)
-    if checkpoint:
-        trained = checkpoint["separator"], checkpoint["config"]
-        if trained != (args.model, asdict(model.config)):
-            raise SettingsError(f"the checkpoint was trained with another config than the flags say: {trained}")
-        check_codec(checkpoint, "the checkpoint", codec)
-        model = restore_model(checkpoint, "the checkpoint", for_inference=False).to(device)
-    if args.compile:
-        model.compile()  # in place, so that the weights keep their names
-    ddp = DistributedDataParallel(model) if world > 1 else model
-    half = mixed_precision(device, args.full_precision)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    # done: updates; validated: after which of them; losses: this epoch's; skipped, in_a_row: updates not made
-    progress = SimpleNamespace(**checkpoint["progress"] if args.resume else dict(
-        done=0, validated=-1, losses=[], best=-math.inf, skipped=0, in_a_row=0, broken=0, seconds=0.0,
-    ))  # fmt: skip
-    run = SimpleNamespace(
-        args=args, rank=rank, world=world, device=device, codec=codec, found=[data.found, valid.found],
-        valid=SkipBroken(valid), batches=batches, updates=batches.updates, per_update=math.prod(batches.shape),
-        end=min(args.epochs * batches.updates, args.max_steps or math.inf), rvq=rvq,
-        losses_of=partial(
-            mixture_losses, torch.autocast(device.type, half, enabled=half is not None)(ddp), separator.on_latents,
-            codec, loss=args.loss, rvq=rvq, seconds=args.loss_seconds, margins=margins,
-        ),
-        loader=DataLoader(
-            SkipBroken(data, args.seed), batch_sampler=batches, num_workers=args.workers,
-            worker_init_fn=ignore_signals, persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
-        ),
-        model=model, ddp=ddp, optimizer=optimizer, scheduler=make_scheduler(optimizer, args, batches.updates, progress),
-        scaler=torch.amp.GradScaler(device.type, enabled=half is torch.float16), progress=progress,
-        stop=[], reasons=[], named=set(),  # signals; why mixtures were broken: not counted yet, told already
-    )  # fmt: skip
-    for name in ("optimizer", "scheduler", "scaler") if args.resume else ():
-        if checkpoint[name]:  # of a scaler that was off it is empty
-            getattr(run, name).load_state_dict(checkpoint[name])
-    run.started, run.began = time.time() - progress.seconds, (time.time(), progress.done)
-    return run
+def crop(codec, latents, sources, position, frames: int):
+    """The same `frames` of latents [B, S, D, F] and of sources [B, S, T].
 
-
-def make_scheduler(optimizer, args, updates: int, progress):
-    """Stepped once an epoch by validation SI-SDRi (plateau), or after each of the `updates` an epoch (cosine)."""
-    if args.schedule == "plateau":
-        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=args.patience)
-    over = lambda s: max(s / (args.epochs * updates), progress.seconds / 60 / (args.minutes or math.inf))  # noqa: E731
-    cosine = lambda s: 0.01 + 0.495 * (1 + math.cos(math.pi * min(over(s), 1)))  # noqa: E731
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / args.warmup, 1) * cosine(s))
-
-
-def total(run, *values: float) -> list[float]:
-    """The sums of numbers over all processes."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=run.device)
-    if run.world > 1:
-        dist.all_reduce(tensor)
-    return tensor.tolist()
-
-
-def state(run) -> dict:
-    """What a checkpoint holds of a run."""
-    parts = {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "scheduler", "scaler")}
-    return {
-        "separator": run.args.model, "config": asdict(run.model.config), "sample_rate": run.args.sample_rate,
-        "codec": {"name": run.args.codec, "fingerprint": run.codec.fingerprint}, "quantize_before": run.rvq[0],
-        "quantize_after": run.rvq[1], "args": vars(run.args), "git": git_revision(),
-        "per_update": run.per_update, "end": run.end, "progress": vars(run.progress), **parts,
-    }  # fmt: skip
-
-
-def sync(run, folder: RunFolder) -> None:
-    """What a signal, a broken recording or the clock on any rank means for all."""
-    elapsed = time.time() - run.started if run.rank == 0 else 0
-    n_stop, n_broken, run.progress.seconds = total(run, len(run.stop), len(run.reasons), elapsed)
-    if run.args.minutes and run.progress.seconds > 60 * run.args.minutes:
-        run.end = run.progress.done
-    for reason in sorted(set(run.reasons) - run.named):
-        tqdm.write(f"left out: {reason}", file=sys.stderr)
-    run.named, run.reasons = run.named | {*run.reasons}, []
-    run.progress.broken += int(n_broken)
-    if run.progress.broken > 10 + 0.1 * run.progress.done * run.per_update:
-        raise DataError(f"{run.progress.broken} mixtures couldn't be read, more than a tenth: see above for the files")
-    if n_stop:
-        folder.save_last(state(run))
-        total(run, 0)  # where one process ends, torchrun ends the others: wait for rank 0
-        raise KeyboardInterrupt(f"stopped by a signal and saved; go on with --resume --out {run.args.out}")
-
-
-def update(run, batches) -> tuple[float, float, float]:
-    """One update of the weights, from `accumulate` batches of every rank: its loss (dB), gradient norm and rate."""
-    args, progress = run.args, run.progress
-    torch.manual_seed(int(np.random.default_rng([args.seed, progress.done, run.rank]).integers(2**63)))  # dropout's
-    summed = n_kept = 0
-    for micro in range(args.accumulate):
-        # DDP averages over ranks, so the sum is scaled to make it the mean over the mixtures of all ranks.
-        with run.ddp.no_sync() if run.world > 1 and micro < args.accumulate - 1 else contextlib.nullcontext():
-            batch = next(batches)
-            kept = keep_hard(run.losses_of(batch), args.threshold)
-            (n,) = total(run, len(kept))
-            run.scaler.scale(kept.sum() * run.world / max(n, 1) / args.accumulate).backward()
-        summed, n_kept = summed + kept.sum().item(), n_kept + n
-        run.reasons += "\n".join(filter(None, batch["broken"])).splitlines()
-    (summed,) = total(run, summed)
-    run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip).item()
-    lr, loss = run.optimizer.param_groups[0]["lr"], summed / n_kept if n_kept else math.nan
-    if made := math.isfinite(loss + norm):  # the same on all ranks
-        run.scaler.step(run.optimizer)
-        progress.losses.append(loss)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    if args.schedule == "cosine":
-        run.scheduler.step()
-    progress.done += 1
-    progress.skipped, progress.in_a_row = progress.skipped + (not made), 0 if made else progress.in_a_row + 1
-    if progress.in_a_row == 100:
-        what = "no finite loss and gradient" if n_kept else f"every mixture beyond --threshold {args.threshold:g} dB"
-        raise SettingsError(f"{what} from update {progress.done - 99} on: lower --lr, check the data and the threshold")
-    return loss, norm, lr
+    position: [B], from 0 to 1, where they begin. Decoding is most of a step with the losses on
+    waveforms, and a part of a segment tells how good its latents are.
+    """
+    samples = codec.samples_per_frame
+    n_starts = max(sources.shape[-1] // samples - frames, 0) + 1
+    starts = (position * n_starts).int().tolist()
+    latents = [z[..., start : start + frames] for z, start in zip(latents, starts)]
+    sources = [
+        s[..., start * samples : (start + frames) * samples] for s, start in zip(sources, starts)
+    ]
+    return torch.stack(latents), torch.stack(sources)
 
 
 @torch.no_grad()
-def validate(run, folder: RunFolder) -> float:
-    """Mean SI-SDR improvement in dB over the validation mixtures, shared out between the ranks."""
-    run.model.eval()
-    mine, improvement = [(0, index) for index in range(run.rank, len(run.valid), run.world)], 0.0
-    items = iter(DataLoader(run.valid, None, sampler=mine, num_workers=run.args.workers, worker_init_fn=ignore_signals))
-    for _ in range(0, len(run.valid), run.world):
-        if item := next(items, None):
-            run.reasons += item["broken"].splitlines()
-            mixture, sources = item["mixture"][None].to(run.device), item["sources"][None].to(run.device)
-            loss, _ = pit(pairwise_negative_si_sdr(separate(run.model, run.codec, mixture, *run.rvq), sources))
-            improvement += -loss.item() - si_sdr(mixture[:, None], sources).mean().item()
-        sync(run, folder)
-    run.model.train()
-    return total(run, improvement)[0] / len(run.valid)
+def validate(model, codec, mixtures, rvq, rank: int, world: int, told: set) -> float:
+    """Mean SI-SDR improvement in dB over the validation mixtures, shared out to the processes.
 
-
-def end_epoch(run, folder: RunFolder) -> None:
-    """Validates, sets the rate, logs and saves; also before the first epoch and where --max_steps ends one."""
-    progress = run.progress
-    speed = (progress.done - run.began[1]) * run.per_update / (time.time() - run.began[0])
-    improvement, epoch = validate(run, folder), progress.done // run.updates
-    loss = float(np.mean(progress.losses)) if progress.losses else math.nan
-    is_best = math.isfinite(improvement) and improvement > progress.best
-    progress.best = improvement if is_best else progress.best
-    progress.losses, progress.validated = [], progress.done
-    if run.args.schedule == "plateau" and epoch >= run.args.plateau_start and progress.done % run.updates == 0:
-        run.scheduler.step(improvement)
-    lr, seconds = run.optimizer.param_groups[0]["lr"], round(time.time() - run.started)
-    numbers = f"{loss:.4f}", f"{improvement:.4f}", lr, progress.skipped, seconds, progress.broken, f"{speed:.2f}"
-    folder.log("log.csv", epoch, progress.done, *numbers)
-    if run.rank == 0:
-        made = f"loss {loss:.2f}, " if math.isfinite(loss) else "before training, "
-        tqdm.write(f"epoch {epoch}: {made}validation SI-SDRi {improvement:.2f} dB, rate {lr:.1e}")
-        draw({folder.path.name: folder.path}, folder.path / "curves.png")
-    if is_best:
-        folder.save_best(state(run))
-    folder.save_last(state(run))
-
-
-@contextlib.contextmanager
-def no_workers_left():
-    """Whatever ends a run ends its workers: they are deaf to signals, and the exit would wait for them."""
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():
-            worker.kill()
-
-
-@no_workers_left()
-def train(args, given: dict) -> None:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rvq: whether it lies before and after the separator. told: see `report_broken`.
+    """
+    model.eval()
+    mixtures = Replaced(mixtures)
+    improvement = torch.zeros((), dtype=torch.float64, device=codec.device)
+    for index in range(rank, len(mixtures), world):
+        item = mixtures[index]
+        report_broken([item["broken"]], told)
+        mixture = torch.from_numpy(item["mixture"])[None].to(codec.device)  # [1, T]
+        sources = torch.from_numpy(item["sources"])[None].to(codec.device)  # [1, S, T]
+        estimates = separate(model, codec, mixture, *rvq)
+        loss, _ = pit(pairwise_negative_si_sdr(estimates, sources))
+        untouched = si_sdr(mixture.unsqueeze(1), sources).mean()
+        improvement += -loss.squeeze() - untouched
     if world > 1:
-        dist.init_process_group("nccl" if choose_device().type == "cuda" else "gloo")
-    folder, changes = RunFolder(args.out, rank == 0), []
-    checkpoint = folder.load_last(args.resume) or (load_checkpoint(args.init) if args.init else None)
-    if args.resume:
-        args, changes = resumed_settings(given, checkpoint, world)
-    run = open_run(args, checkpoint, rank, world)
-    for number in (signal.SIGTERM, signal.SIGINT):  # obeyed after an update, so that none is lost half way
-        signal.signal(number, lambda received, frame: run.stop.append(received))
-    folder.open(vars(args), checkpoint["sizes"] if args.resume else None)
-    if rank == 0:
-        print(*run.found, *changes, sep="\n")
-        parameters = sum(p.numel() for p in run.model.parameters())
-        print(f"{parameters:,} parameters on {world} x {run.device.type}, codec {args.codec} with lag {run.codec.lag}")
-    progress, batches = run.progress, None  # of the epoch under way
-    bar = tqdm(total=run.end, initial=progress.done, unit="step", smoothing=0.05, disable=rank > 0)
-    while progress.done < run.end or progress.validated != progress.done:
-        if progress.validated != progress.done and (progress.done % run.updates == 0 or progress.done >= run.end):
-            end_epoch(run, folder)
-            batches = None
-            continue
-        if batches is None:
-            run.batches.start, run.began = progress.done, (time.time(), progress.done)
-            batches = iter(run.loader)
-        folder.log("steps.csv", progress.done + 1, *update(run, batches))
-        sync(run, folder)
-        if progress.done % args.save_every == 0:
-            folder.save_last(state(run))
-        bar.update()
-        bar.set_postfix(loss=np.mean(progress.losses[-50:] or math.nan), SI_SDRi=progress.best)
-    bar.close()
-    if rank == 0:
-        print(f"left out: {progress.broken} mixtures, {progress.skipped} updates; best SI-SDRi {progress.best:.2f} dB")
+        dist.all_reduce(improvement)
+    model.train()
+    return improvement.item() / len(mixtures)
+
+
+def cosine_rate(peak: float, done: int, end: int, warmup: int) -> float:
+    """The rate of the next update: a linear rise, times a cosine that ends at a hundredth."""
+    rise = min((done + 1) / warmup, 1)
+    fall = 0.01 + 0.99 * (1 + math.cos(math.pi * min(done / end, 1))) / 2
+    return peak * rise * fall
+
+
+# Batches and processes ----------------------------------------------------------------------------
+
+
+class Batches:
+    """The keys (epoch, index) of this process's batches, from update `first` to update `end`.
+
+    n: mixtures in the dataset, of which an epoch takes `size`. shape: of an update's mixtures,
+    (accumulate, processes, batch_size). Raises UserError if an epoch makes no update.
+    """
+
+    def __init__(self, n: int, size: int | None, seed: int, shape: tuple, rank: int):
+        self.n = n
+        self.seed = seed
+        self.shape = shape
+        self.rank = rank
+        self.per_update = math.prod(shape)
+        size = min(size or n, n)
+        self.updates = size // self.per_update  # an epoch's
+        if self.updates < 1:
+            raise UserError(f"{size} mixtures an epoch make no update: lower --batch_size")
+        self.first = 0
+        self.end = self.updates
+
+    def __iter__(self):
+        for update in range(self.first, self.end):
+            epoch, k = divmod(update, self.updates)
+            if k == 0 or update == self.first:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+            indices = order[k * self.per_update : (k + 1) * self.per_update]
+            for batch in indices.reshape(self.shape)[:, self.rank]:
+                yield [(epoch, int(index)) for index in batch]
+
+
+def join_processes() -> tuple[int, int, torch.device]:
+    """This process's number, how many there are, and its device. torchrun sets what it reads."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device()
     if world > 1:
-        dist.destroy_process_group()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def mean_of_processes(value: torch.Tensor, world: int) -> float:
+    if world > 1:
+        dist.all_reduce(value)
+    return value.item() / world
+
+
+def seed_of_update(seed: int, done: int, rank: int) -> int:
+    return int(np.random.default_rng([seed, done, rank]).integers(2**63))
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """For data workers: Ctrl-C reaches them too, and they would answer with tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def report_broken(lines: list[str], told: set) -> None:
+    """Says why mixtures were passed over, each reason once; `told` gets those that were said."""
+    for line in "\n".join(lines).splitlines():
+        if line and line not in told:
+            told.add(line)
+            tqdm.write(f"passed over: {line}", file=sys.stderr)
+
+
+def check_settings(settings: Settings, model, codec) -> None:
+    """Raises UserError for settings that can't be meant together."""
+    if not model.on_latents:
+        between_latents = LOSSES[settings.loss][1]
+        if between_latents or settings.loss_seconds:
+            raise UserError(
+                f"{settings.model} has no latents: give --loss si_sdr, no --loss_seconds"
+            )
+        if settings.quantize_before or settings.quantize_after:
+            raise UserError(f"{settings.model} has no latents: leave out --quantize_*")
+    if settings.loss_seconds:
+        least = 2 * MARGIN / codec.frame_rate
+        codec.samples_per_frame  # raises where frames are no whole samples
+        if settings.seconds <= least:
+            raise UserError(f"a crop has {least:g} s around it: raise --seconds above that")
+
+
+# The folder of a run ------------------------------------------------------------------------------
+
+COLUMNS = {
+    "steps.csv": ["step", "loss", "gradient_norm", "lr"],
+    "log.csv": [
+        "epoch", "step", "loss", "valid_si_sdr_i", "lr", "skipped", "seconds",
+        "mixtures_per_second",
+    ],
+}  # fmt: skip
+
+
+def begin_folder(out: Path, state: dict, resume: bool) -> None:
+    """Makes the folder or, to go on, leaves out rows of updates that the checkpoint doesn't know.
+
+    Raises UserError if it holds a run already.
+    """
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            try:
+                # Of two runs that begin at once in one folder, one finds the other's file here.
+                file = open(out / "settings.json", "x")
+            except FileExistsError:
+                raise UserError(
+                    f"{out} holds a run: --resume it, or choose another --out"
+                ) from None
+        else:
+            file = open(out / "settings.json", "w")
+        with file:
+            json.dump(state["settings"], file, indent=1)
+        for name, columns in COLUMNS.items():
+            rows = []
+            if resume and (out / name).exists():
+                with open(out / name, newline="") as log:
+                    # The last one may be cut off, where the disk was full.
+                    rows = [row for row in csv.DictReader(log) if None not in row.values()]
+            done = state["training"]["done"]
+            with open(out / name, "w", newline="") as log:
+                writer = csv.DictWriter(log, columns, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(row for row in rows if int(row["step"]) <= done)
+    save_tensors(state, out / "last.pt")
+
+
+def add_row(path: Path, *values) -> None:
+    with writing(path), open(path, "a") as file:
+        print(*values, sep=",", file=file)
+
+
+def save_best(state: dict, path: Path) -> None:
+    """Without what only resuming needs, in half precision."""
+    weights = {name: tensor.half().cpu() for name, tensor in state["model"].items()}
+    best = {key: value for key, value in state.items() if key != "training"}
+    save_tensors({**best, "model": weights}, path)
+
+
+# The settings of a run ----------------------------------------------------------------------------
+
+
+def read_flags(words: list[str]) -> tuple[dict, bool]:
+    """The settings and sizes that were given on the command line, and whether to resume."""
+    which = Parser(add_help=False)
+    which.add_argument("--model", choices=list(SEPARATORS), default=Settings.model)
+    model = which.parse_known_args(words)[0].model
+    from_file = any(word.startswith("@") for word in words)
+    resume = "--resume" in words
+    sizes = {} if from_file or resume else DEFAULT_SIZES.get(model, {})
+
+    parser = Parser(description="Trains a separator. @FILE stands for the flags in a file.")
+    add_flags(parser, Settings, {})
+    given_by_others = ("n_speakers", "latent_dim")
+    add_flags(parser, SEPARATORS[model][1], sizes, leave_out=given_by_others)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    given = vars(parser.parse_args(words))
+    given.pop("resume")
+    if len(given.get("snr", [0, 0])) != 2:
+        parser.error("--snr takes two numbers, low and high")
+    return {**sizes, **given}, resume
+
+
+def load_last(out: Path) -> dict:
+    """The checkpoint to go on from."""
+    path = out / "last.pt"
+    if not path.exists():
+        raise UserError(f"{out} holds no run to resume: check --out, or start without --resume")
+    checkpoint = load_checkpoint(path)
+    if "training" not in checkpoint:
+        raise UserError(f"{path} holds weights alone, as best.pt does: start from it by --init")
+    return checkpoint
+
+
+def resumed(saved: dict, given: dict) -> dict:
+    """The settings of a run that goes on: those it had, and what may be given anew."""
+    for name, value in given.items():
+        if name not in CHANGEABLE and value != saved.get(name):
+            had = saved.get(name)
+            raise UserError(
+                f"--{name} was {had} in this run: to change it, start from it by --init"
+            )
+    return {**saved, **given}
+
+
+def start_from(checkpoint: dict, model, codec):
+    """The trained separator of a checkpoint, if it is one like `model`. Raises UserError."""
+    config = asdict(model.config)
+    trained = checkpoint["config"]
+    differ = [name for name, value in config.items() if trained.get(name) != value]
+    if differ:
+        name = differ[0]
+        value = trained.get(name)
+        raise UserError(f"the checkpoint's --{name} is {value}, not {config[name]}: give it so")
+    check_codec(checkpoint, "the checkpoint", codec)
+    return restore_model(checkpoint, "the checkpoint", for_inference=False)
 
 
 def main() -> None:
-    train(*parse_args())
+    given, resume = read_flags(sys.argv[1:])
+    out = given.get("out", Settings.out)
+    go_on = f"go on with: python train.py --resume --out {out}"
+    try:
+        train(given, resume)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {go_on}") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a data worker was killed, perhaps for want of memory; {go_on}") from None
 
 
 if __name__ == "__main__":
