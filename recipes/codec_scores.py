@@ -1,17 +1,23 @@
-"""What codecs make of speech: SI-SDR, PESQ and STOI at each rate, beside Opus where opus-tools are installed.
+"""What codecs make of speech: SI-SDR, PESQ and STOI at each rate, and Opus where it is installed.
 
     python -m recipes.codec_scores --data libri/test --codecs transform lyra --out results/codecs
-    python -m recipes.codec_scores --data set --codecs runs/codec/codec.pth --out results/codecs_mixtures
+    python -m recipes.codec_scores --data set --codecs runs/codec/codec.pth --out results/mixtures
 
-Of a folder of speakers one utterance each, of a fixed set the mixtures, the first 8 s at 8 kHz: a codec of another rate
-is scored below 4 kHz. Of mixtures there are two rows more: `latents_added`, the sum of the sources' latents, decoded;
-`ideal_mask`, the first source from the mixture's latents, masked by the power ratio of the sources' latents.
+Of a folder of speakers one utterance each is coded, of a fixed set of two speakers the mixtures:
+the first 8 s, at 8 kHz. A codec of another rate is scored below 4 kHz. Opus is opusenc's and
+opusdec's, of the package opus-tools. Prints a table and leaves codec_scores.json in --out.
+
+Of mixtures there are two rows more, which say how separable a codec's latents are:
+    latents_added   the sum of the sources' latents, decoded, against the mixture
+    ideal_mask      the first source, from the mixture's latents, masked by the power ratio of the
+                    sources' latents
 """
 
 import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,97 +25,156 @@ import soundfile as sf
 import torch
 from tqdm import tqdm
 
-from checkpoint import choose_device, make_folder, run_program
 from dac_wrapper import CODECS, Codec
-from data import MIX_FOLDERS, DataError, FixedMixtures, Parser, list_speakers, read_audio, resample
+from data import FixedMixtures, Recordings, list_speakers, read_audio, resample
 from evaluate import score
-from recipes.report import provenance
+from program import (
+    Parser,
+    UserError,
+    choose_device,
+    choose_threads,
+    provenance,
+    run_program,
+    whole_file,
+)
 
-RATE = 8000
+RATE = 8000  # Hz
+SECONDS = 8  # of a signal at most
 CODEBOOKS = {"lyra": (16, 30, 46)}  # of other codecs all
+OPUS = (6, 9)  # kbit/s
 METRICS = ("si_sdr", "pesq", "stoi")
 
 
-def opus(wav: np.ndarray, kbit: int) -> np.ndarray:
-    """[T] through opusenc and opusdec at a constant rate. Raises DataError where they fail."""
-    with tempfile.TemporaryDirectory() as folder:
-        names = [f"{folder}/{name}" for name in ("in.wav", "coded.opus", "out.wav")]
-        sf.write(names[0], wav, RATE)
-        encode = ["opusenc", "--quiet", "--speech", "--hard-cbr", "--framesize", "20", "--bitrate", str(kbit)]
-        for command in ([*encode, *names[:2]], ["opusdec", "--quiet", "--rate", str(RATE), *names[1:]]):
-            if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
-                raise DataError(f"{command[0]} failed: {done.stderr.strip()}")
-        decoded, _ = read_audio(names[2])
-    return np.pad(decoded, (0, max(len(wav) - len(decoded), 0)))[: len(wav)]
-
-
-@torch.no_grad()
-def transmitted(wav: np.ndarray, codec: Codec, n_codebooks: int) -> np.ndarray:
-    """[T] through a codec; 0 codebooks: unquantised."""
-    if n_codebooks:
-        codec.use_codebooks(n_codebooks)
-    return codec.transmit(torch.from_numpy(wav)[None].to(codec.device), n_codebooks > 0)[0].cpu().numpy()
-
-
-@torch.no_grad()
-def added(mixture: np.ndarray, sources: np.ndarray, codec: Codec, mask: bool) -> np.ndarray:
-    """The sum of the latents of sources [S, T], each as loud as in the mixture [T], decoded; or its latents, masked."""
-    mixture, sources = (torch.from_numpy(signal).to(codec.device) for signal in (mixture, sources))
-    gain = codec.gain(mixture)
-    latents = codec.encode(sources * gain)
-    power = latents.square()
-    masked = codec.encode(mixture[None] * gain)[0] * power[0] / (power.sum(0) + 1e-8)
-    chosen = masked if mask else latents.sum(0)
-    return (codec.decode(chosen[None], len(mixture)) / gain)[0].cpu().numpy()
-
-
-def read_signals(data):
-    """Signals [T] and their sources [S, T], if they are mixtures. Raises DataError."""
-    if any((Path(data) / folder).is_dir() for folder in MIX_FOLDERS):
+def read_signals(data) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Signals [T] and, if they are mixtures, their sources [S, T]. Raises DataError."""
+    length = SECONDS * RATE
+    if FixedMixtures.fits(data):
         mixtures = FixedMixtures(data, RATE)
-        for item in (mixtures[index] for index in range(len(mixtures))):
-            yield item["mixture"][: 8 * RATE], item["sources"][:, : 8 * RATE]
-        return
-    for files in list_speakers(data).values():
-        audio, rate = read_audio(files[0])
-        yield resample(audio, rate, RATE)[: 8 * RATE], None
+        for index in range(len(mixtures)):
+            item = mixtures[index]
+            yield item["mixture"][:length], item["sources"][:, :length]
+    else:
+        for files in list_speakers(data, Recordings()).values():
+            audio, rate = read_audio(files[0])
+            yield resample(audio, rate, RATE)[:length], None
+
+
+def code_signal(codecs: dict[str, Codec], wav: np.ndarray, sources: np.ndarray | None) -> dict:
+    """{row: what it makes of a signal [T], and what that is compared with}, both [T]."""
+    rows = {}
+    for name, codec in codecs.items():
+        rows[f"{name}/unquantised"] = transmit(codec, wav, quantize=False), wav
+        for n in CODEBOOKS.get(name, (codec.n_codebooks,)):
+            codec.use_codebooks(n)
+            rows[f"{name}/{codec.bitrate / 1000:g}"] = transmit(codec, wav, quantize=True), wav
+        if sources is not None:
+            added, masked = add_and_mask(codec, wav, sources)
+            rows[f"{name}/latents_added"] = added, wav
+            rows[f"{name}/ideal_mask"] = masked, sources[0]
+    if shutil.which("opusenc"):
+        for kbit in OPUS:
+            rows[f"opus/{kbit}"] = opus(wav, kbit), wav
+    return rows
+
+
+@torch.no_grad()
+def transmit(codec: Codec, wav: np.ndarray, quantize: bool) -> np.ndarray:
+    """[T] through a codec."""
+    received = codec.transmit(torch.from_numpy(wav)[None].to(codec.device), quantize)
+    return received[0].cpu().numpy()
+
+
+@torch.no_grad()
+def add_and_mask(codec: Codec, mixture: np.ndarray, sources: np.ndarray):
+    """The mixture [T] from its sources' latents, the first source [T] from its own, masked."""
+    length = len(mixture)
+    mixture = torch.from_numpy(mixture).to(codec.device)
+    sources = torch.from_numpy(sources).to(codec.device)
+    gain = codec.gain(mixture)  # sources stay as loud as they are in the mixture
+    latents = codec.encode(sources * gain)  # [S, D, F]
+    added = latents.sum(0, keepdim=True)
+    power = latents.square()
+    mask = power[0] / (power.sum(0) + 1e-8)
+    masked = codec.encode(mixture[None] * gain) * mask
+    added, masked = (codec.decode(z, length)[0] / gain for z in (added, masked))
+    return added.cpu().numpy(), masked.cpu().numpy()
+
+
+def opus(wav: np.ndarray, kbit: int) -> np.ndarray:
+    """[T] through opusenc and opusdec at a constant rate. Raises UserError where they fail."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, coded, decoded = (f"{folder}/{name}" for name in ("in.wav", "coded.opus", "out.wav"))
+        sf.write(given, wav, RATE)
+        encode = "opusenc --quiet --speech --hard-cbr --framesize 20 --bitrate".split()
+        decode = "opusdec --quiet --rate".split()
+        run_tool([*encode, str(kbit), given, coded])
+        run_tool([*decode, str(RATE), coded, decoded])
+        received, _ = read_audio(decoded)
+    missing = max(len(wav) - len(received), 0)
+    return np.pad(received, (0, missing))[: len(wav)]
+
+
+def run_tool(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{command[0]} failed: {done.stderr.strip()}")
+
+
+def summarise(values: list[float]) -> dict[str, float | None]:
+    """The mean and half the width of its 95 % interval, over the scores that could be had."""
+    known = np.array(values)[np.isfinite(values)]
+    n = len(known)
+    return {
+        "mean": float(known.mean()) if n else None,
+        "ci95": float(1.96 * known.std(ddof=1) / n**0.5) if n > 1 else None,
+    }
+
+
+def format_table(rows: dict[str, dict]) -> str:
+    lines = [
+        "codec, kbit/s".ljust(36) + "".join(t.rjust(14) for t in ("SI-SDR dB", "PESQ", "STOI"))
+    ]
+    for row, scores in rows.items():
+        line = row.ljust(36)
+        for value in scores.values():
+            cell = "-" if value["mean"] is None else f"{value['mean']:.2f}"
+            if value["ci95"] is not None:
+                cell += f" ±{value['ci95']:.2f}"
+            line += cell.rjust(14)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = Parser(description="Scores codecs on single voices or mixtures.")
-    parser.add_argument("--data", required=True, help="folder with one folder per speaker, or a fixed set")
-    parser.add_argument("--codecs", nargs="+", default=["transform"], help=f"of {', '.join(CODECS)}, or files")
-    parser.add_argument("--out", default="results/codecs", help="folder for codec_scores.json")
+    parser.add_argument("--data", required=True, help="folder of speakers, or fixed set")
+    known = ", ".join(CODECS)
+    parser.add_argument("--codecs", nargs="+", default=["transform"], help=f"{known}, or files")
+    parser.add_argument("--out", type=Path, default=Path("results/codecs"), help="folder")
     args = parser.parse_args()
-    make_folder(Path(args.out))
-    systems, signals = {}, list(read_signals(args.data))  # {codec/kbit/s: what it makes of a signal and its sources}
-    for name in args.codecs:
-        codec = Codec.load(name, RATE, choose_device())
-        for n in (0, *CODEBOOKS.get(name, (codec.n_codebooks,))):
-            row = f"{name}/unquantised"
-            if n:
-                codec.use_codebooks(n)
-                row = f"{name}/{codec.bitrate / 1000:g}"
-            systems[row] = lambda wav, sources, codec=codec, n=n: transmitted(wav, codec, n)
-        if signals[0][1] is not None:
-            for row, mask in (("latents_added", False), ("ideal_mask", True)):
-                systems[f"{name}/{row}"] = lambda *signal, codec=codec, mask=mask: added(*signal, codec, mask)
-    if shutil.which("opusenc"):
-        systems |= {f"opus/{kbit}": lambda wav, sources, kbit=kbit: opus(wav, kbit) for kbit in (6, 9)}
-    scores = {name: {metric: [] for metric in METRICS} for name in systems}
+    choose_threads(workers=0)
+    device = choose_device()
+    codecs = {name: Codec.load(name, RATE, device) for name in args.codecs}
+    signals = list(read_signals(args.data))
+
+    scores = {}  # {row: {metric: a score a signal}}
     for wav, sources in tqdm(signals, desc="scoring", unit="signal"):
-        for name, system in systems.items():
-            decoded, reference = system(wav, sources), sources[0] if name.endswith("ideal_mask") else wav
+        for row, (decoded, reference) in code_signal(codecs, wav, sources).items():
+            scores.setdefault(row, {metric: [] for metric in METRICS})
             for metric in METRICS:
-                scores[name][metric].append(score(metric, decoded, reference, RATE))
-    rows = {}
-    print("codec, kbit/s".ljust(36) + "SI-SDR dB".rjust(14) + "PESQ".rjust(14) + "STOI".rjust(14))
-    for name, columns in scores.items():
-        known = {metric: np.array(values)[np.isfinite(values)] for metric, values in columns.items()}
-        rows[name] = {m: {"mean": v.mean(), "ci95": 1.96 * v.std(ddof=1) / len(v) ** 0.5} for m, v in known.items()}
-        print(name.ljust(36) + "".join(f"{c['mean']:.2f} ±{c['ci95']:.2f}".rjust(14) for c in rows[name].values()))
-    results = {"rows": rows, "n_signals": len(signals), **provenance("-m", "recipes.codec_scores")}
-    (Path(args.out) / "codec_scores.json").write_text(json.dumps(results, indent=1) + "\n")
+                scores[row][metric].append(score(metric, decoded, reference, RATE))
+    rows = {
+        row: {metric: summarise(values) for metric, values in columns.items()}
+        for row, columns in scores.items()
+    }
+    print(format_table(rows))
+    results = {
+        "rows": rows,
+        "n_signals": len(signals),
+        **provenance("-m", "recipes.codec_scores"),
+    }
+    with whole_file(args.out / "codec_scores.json") as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

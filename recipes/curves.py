@@ -1,6 +1,9 @@
-"""Draws a run's training loss and validation SI-SDRi: train.py after every epoch, or of several runs in one picture.
+"""Draws the training loss and the validation SI-SDRi of runs of train.py in one picture.
 
     python -m recipes.curves runs/a runs/b --out curves.png
+
+A run may still be going on: its rows so far are drawn. Losses are smoothed by a mean over a
+hundredth of the run, and compare only where they are of one kind.
 """
 
 import warnings
@@ -9,36 +12,47 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from checkpoint import SettingsError, run_program
-from data import Parser
+from program import Parser, UserError, run_program
 
 
 def draw(folders: dict, out) -> None:
-    """Reads steps.csv and log.csv of folders by their labels. Raises SettingsError where that or drawing fails."""
+    """Draws steps.csv and log.csv of runs into a picture.
+
+    folders: {label: folder of a run}. Raises UserError where a run can't be read or drawn.
+    """
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    trained = []  # validation after the first epoch and later
+    trained = []  # validations after the first epoch of each run
     try:
-        warnings.filterwarnings("ignore", "genfromtxt: Empty input")  # before the first update
         for label, folder in folders.items():
-            steps, epochs = (
-                np.genfromtxt(Path(folder) / name, delimiter=",", names=True, ndmin=1)
-                for name in ("steps.csv", "log.csv")
-            )
+            steps = read_table(Path(folder) / "steps.csv")
+            epochs = read_table(Path(folder) / "log.csv")
             if steps.size:
-                window = max(len(steps) // 100, 1)  # a mean over as many updates makes a curve of the scatter
+                window = max(len(steps) // 100, 1)
                 smooth = np.convolve(steps["loss"], np.ones(window) / window, "valid")
                 left.plot(steps["step"][window - 1 :], smooth, linewidth=1)
-            right.plot(epochs["seconds"] / 3600, epochs["valid_si_sdr_i"], "o-", label=label)
-            trained += [value for value in epochs["valid_si_sdr_i"][1:] if np.isfinite(value)]
+            gains = epochs["valid_si_sdr_i"]
+            right.plot(epochs["seconds"] / 3600, gains, "o-", label=label)
+            trained += [gain for gain in gains[1:] if np.isfinite(gain)]
         left.set(xlabel="update", ylabel="training loss, each run's own, dB")
         right.set(xlabel="hours", ylabel="validation SI-SDRi, dB")
         right.legend()
         if trained:
-            right.set_ylim(bottom=min(trained) - 0.5)  # an untrained separator's -15 dB would squeeze the rest
+            # Where a run begins, at -15 dB perhaps, would squeeze all the rest.
+            right.set_ylim(bottom=min(trained) - 0.5)
         figure.savefig(out, dpi=80)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"can't draw {out} of {folder} ({error}): give folders of train.py, a .png") from None
+        runs = ", ".join(map(str, folders.values()))
+        raise UserError(
+            f"can't draw {out} of {runs} ({error}): give folders of train.py, a .png"
+        ) from None
+
+
+def read_table(path: Path) -> np.ndarray:
+    """The rows of a .csv file with a header, as a structured array of one dimension."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "genfromtxt: Empty input")  # before the first update
+        return np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
 
 
 def main() -> None:

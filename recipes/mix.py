@@ -1,71 +1,69 @@
-"""Writes a fixed set of mixtures from a folder of speakers.
+"""Writes a fixed set of mixtures, drawn from a folder of speakers.
 
     python -m recipes.mix --speech DIR --out set --n 3000 --n_speakers 3 --noise DIR
-"""
 
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
+Folders of 16-bit FLAC: mix_clean, s1, s2 ..., or with noise mix_both, s1, s2 ..., noise. The
+mixture is the sum of its parts as they were rounded, so that it holds exactly.
+"""
 
 import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-from checkpoint import at_least, make_folder, run_program
-from data import DataError, Parser, SpeakerMixtures
+from data import SpeakerMixtures
+from program import Parser, new_folder, number, run_program, whole
 
 
-@contextmanager
-def new_folder(out):
-    """Context: a temporary folder beside `out` that takes its name only if all went well. Raises DataError."""
-    out = Path(out)
-    if out.exists():
-        raise DataError(f"{out} exists already: remove it or choose another --out")
-    try:
-        make_folder(out.parent)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-            folder = Path(temporary) / out.name
-            folder.mkdir()
-            yield folder
-            folder.rename(out)
-    except (OSError, sf.LibsndfileError) as error:
-        raise DataError(f"can't write {out} ({error}): make room, or choose another --out") from None
-
-
-def write_fixed_set(mixtures, out) -> None:
-    """Writes a dataset as a fixed set of 16-bit FLAC, the mixture exactly the sum of its rounded parts.
-
-    Folders: mix_clean, s1, s2 ..., or with noise mix_both, s1, s2 ..., noise.
-    Raises DataError if `out` exists already or can't be written; a half-written set never bears that name.
-    """
-    with new_folder(out) as folder:
-        names = ["mix_both" if mixtures.noise else "mix_clean"] + [f"s{k + 1}" for k in range(mixtures.n_speakers)]
-        names += ["noise"] if mixtures.noise else []
-        for name in names:
-            (folder / name).mkdir()
+def write_fixed_set(mixtures: SpeakerMixtures, out) -> None:
+    """Writes a dataset to a new folder, whole or not at all. Raises UserError."""
+    folders = ["mix_both" if mixtures.noise else "mix_clean"]
+    folders += [f"s{k + 1}" for k in range(mixtures.n_speakers)]
+    if mixtures.noise:
+        folders.append("noise")
+    with new_folder(out) as root:
+        for folder in folders:
+            (root / folder).mkdir()
         for index in tqdm(range(len(mixtures)), desc=f"writing {out}", unit="mixture"):
             item = mixtures[index]
-            parts = [*item["sources"], item["mixture"] - item["sources"].sum(0)][: len(names) - 1]
-            parts = np.round(np.stack(parts) * 32768).astype(np.int16)  # peaks lie at 0.9
-            for name, signal in zip(names, [parts.sum(0).astype(np.int16), *parts]):
-                path = folder / name / f"{index:04d}_{item['name']}.flac"
+            parts = list(item["sources"])
+            if mixtures.noise:
+                parts.append(item["mixture"] - item["sources"].sum(0))
+            # Peaks lie at 0.9, so that neither parts nor their sum leave 16 bits.
+            parts = np.round(np.stack(parts) * 32768).astype(np.int16)
+            mixture = parts.sum(0).astype(np.int16)
+            for folder, signal in zip(folders, [mixture, *parts]):
+                path = root / folder / f"{item['name']}.flac"
                 sf.write(path, signal, mixtures.sample_rate, subtype="PCM_16")
 
 
 def main() -> None:
     parser = Parser(description="Writes a fixed set of mixtures.")
-    parser.add_argument("--speech", required=True, help="folder with one folder per speaker")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--n", type=at_least(1), default=48, help="number of mixtures")
-    parser.add_argument("--seconds", type=at_least(0.1, float), default=4.0)
-    parser.add_argument("--n_speakers", type=int, default=2, help="2 to 5")
+    parser.add_argument("--speech", required=True, help="folder with a folder per speaker")
+    parser.add_argument("--out", required=True, help="new folder")
+    parser.add_argument("--n", type=whole(1), default=48, help="number of mixtures")
+    parser.add_argument("--seconds", type=number(0.1), default=4.0, help="of each")
+    parser.add_argument("--n_speakers", type=whole(2, 5), default=2, help="2 to 5")
     parser.add_argument("--noise", help="folder of recordings to add as noise")
-    parser.add_argument("--snr", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range in dB, speech over noise")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--sample_rate", type=at_least(1000), default=8000)
+    parser.add_argument(
+        "--snr",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="range in dB, all speech over noise",
+    )
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--sample_rate", type=whole(1000, 192000), default=8000, help="Hz")
     args = parser.parse_args()
-    settings = (args.sample_rate, args.seconds, args.n, args.seed, args.n_speakers)
-    mixtures = SpeakerMixtures(args.speech, *settings, noise=args.noise, snr=args.snr)
+    mixtures = SpeakerMixtures(
+        args.speech,
+        args.sample_rate,
+        args.n_speakers,
+        seconds=args.seconds,
+        size=args.n,
+        seed=args.seed,
+        noise=args.noise,
+        snr=args.snr,
+    )
     write_fixed_set(mixtures, args.out)
 
 

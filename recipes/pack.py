@@ -1,16 +1,20 @@
-"""Packs minutes of each of some voices into a small folder: one-minute files at 8 kHz, a folder a voice.
+"""Packs minutes of each of some voices into a small folder: one-minute files at 8 kHz.
 
-    python -m recipes.pack --speech speech/all --minutes 8 --loss 0.7 --out voices     37 MB of Vorbis, to take along
-    python -m recipes.pack --speech voices --wav --out decoded                         there, for fast reading
+    python -m recipes.pack --speech speech/all --minutes 8 --loss 0.7 --out voices
+    python -m recipes.pack --speech voices --wav --out decoded
+
+The first makes 37 MB of Ogg Vorbis, to take along to another machine; the second unpacks them
+there, for fast reading. Recordings of a voice are joined in a fixed random order.
 """
+
+from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-from checkpoint import at_least, run_program
-from data import DataError, Parser, list_speakers, read_audio, resample
-from recipes.mix import new_folder
+from data import DataError, Recordings, list_speakers, read_audio, resample
+from program import Parser, new_folder, number, run_program
 
 RATE = 8000  # Hz
 GAP = 1600  # samples between two recordings
@@ -18,41 +22,63 @@ BLOCK = 4096  # libsndfile's Vorbis encoder overflows its stack on long ones
 
 
 def pack(speech, speakers: list[str], minutes: float, loss: float, wav: bool, out) -> None:
-    """Joins recordings of each voice, in a fixed random order, until it has so many minutes.
+    """Joins recordings of each voice until it has so many minutes.
 
-    loss: of the Vorbis encoder, from 0 (39 kbit/s) to 1. Raises DataError where a voice is missing.
+    speakers: which voices; none: all. loss: of the Vorbis encoder, 0 (39 kbit/s) to 1. wav: 16-bit
+    WAV in place of Vorbis. Raises DataError where a voice is missing.
     """
-    voices, length = list_speakers(speech), round(minutes * 60 * RATE)
-    if missing := set(speakers) - voices.keys():
+    voices = list_speakers(speech, Recordings())
+    missing = set(speakers) - voices.keys()
+    if missing:
         raise DataError(f"{speech} has no voice {min(missing)}: choose of {', '.join(voices)}")
     with new_folder(out) as folder:
         for voice in tqdm(speakers or list(voices), desc="packing", unit="voice"):
-            parts, missing = [], length
-            for index in np.random.default_rng(0).permutation(len(voices[voice])):
-                audio, rate = read_audio(voices[voice][index])
-                parts += [resample(audio, rate, RATE)[:missing], np.zeros(GAP, np.float32)]
-                missing -= len(parts[-2]) + GAP
-                if missing <= 0:
-                    break
             (folder / voice).mkdir()
-            audio = np.concatenate(parts[:-1]).clip(-1, 1)
-            for k, part in enumerate(np.split(audio, range(60 * RATE, len(audio), 60 * RATE))):
-                path = folder / voice / f"{k:02d}.{'wav' if wav else 'ogg'}"
-                coding = {"subtype": "PCM_16"} if wav else {"subtype": "VORBIS", "compression_level": loss}
-                with sf.SoundFile(path, "w", RATE, 1, **coding) as file:
-                    for start in range(0, len(part), BLOCK):
-                        file.write(part[start : start + BLOCK])
+            audio = join_recordings(voices[voice], round(minutes * 60 * RATE))
+            for k, start in enumerate(range(0, len(audio), 60 * RATE)):
+                minute = audio[start : start + 60 * RATE]
+                if wav:
+                    path = folder / voice / f"{k:02d}.wav"
+                    sf.write(path, minute, RATE, subtype="PCM_16")
+                else:
+                    write_vorbis(folder / voice / f"{k:02d}.ogg", minute, loss)
+
+
+def join_recordings(paths: list[Path], length: int) -> np.ndarray:
+    """[<= length]: recordings with short gaps between them, as many as there are and fit."""
+    parts = []
+    missing = length
+    for index in np.random.default_rng(0).permutation(len(paths)):
+        audio, rate = read_audio(paths[index])
+        audio = resample(audio, rate, RATE)[:missing]
+        parts += [audio, np.zeros(GAP, np.float32)]
+        missing -= len(audio) + GAP
+        if missing <= 0:
+            break
+    return np.concatenate(parts[:-1]).clip(-1, 1)
+
+
+def write_vorbis(path: Path, audio: np.ndarray, loss: float) -> None:
+    with sf.SoundFile(path, "w", RATE, 1, subtype="VORBIS", compression_level=loss) as file:
+        for start in range(0, len(audio), BLOCK):
+            file.write(audio[start : start + BLOCK])
 
 
 def main() -> None:
     parser = Parser(description="Packs voices into a small folder.")
-    parser.add_argument("--speech", required=True, help="folder with one folder per speaker")
+    parser.add_argument("--speech", required=True, help="folder with a folder per speaker")
     parser.add_argument("--speakers", nargs="+", default=[], help="which of them; all by default")
-    parser.add_argument("--minutes", type=at_least(0.01, float), default=8.0, help="of each at most")
-    parser.add_argument("--loss", type=at_least(0, float, 1), default=0.0, help="0: 39 kbit/s, 29 dB SI-SDR; 1: worst")
+    parser.add_argument("--minutes", type=number(0.01), default=8.0, help="of each at most")
+    parser.add_argument(
+        "--loss",
+        type=number(0, 1),
+        default=0.0,
+        help="of Vorbis, from 0 (39 kbit/s, 29 dB SI-SDR) to 1 (worst)",
+    )
     parser.add_argument("--wav", action="store_true", help="write 16-bit WAV")
-    parser.add_argument("--out", required=True)
-    pack(**vars(parser.parse_args()))
+    parser.add_argument("--out", required=True, help="new folder")
+    args = parser.parse_args()
+    pack(args.speech, args.speakers, args.minutes, args.loss, args.wav, args.out)
 
 
 if __name__ == "__main__":

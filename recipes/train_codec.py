@@ -1,29 +1,24 @@
-"""Trains a small codec of one's own: a SoundStream at 8 kHz, 50 frames/s and 6 kbit/s.
+"""Trains a codec's encoder and decoder: a SoundStream at 8 kHz, 50 latents of 320 numbers a second.
 
-    python -m recipes.train_codec --data speech/all --valid libri/valid --out runs/codec --minutes 120
-    python -m recipes.train_codec --data speech/all --valid libri/valid --out runs/codec --minutes 120 --resume
+    python -m recipes.train_codec --data voices --valid libri/valid --minutes 12 --out runs/latents
+    python -m recipes.train_codec ... --resume                     goes on where the run stopped
 
-`out` gets last.pt (to resume from), codec.pth (the weights, for `Codec.load`) and log.csv.
+--out gets last.pt (to resume from), latents.pth (the weights) and log.csv. The other half of the
+codec, which makes codes of the latents, is trained on these weights by recipes/train_rvq.py. They
+want different things, and one network that served both was worse at each: latents are what a
+separator works on, and codes what few bits carry.
 
 What is unusual:
-- Every step trains two paths through one decoder: some examples pass the RVQ, the others its unquantised latents,
-  which is what a separator works on. The first are pulled towards the spectrum, which is what one hears of so few
-  bits, the others towards the waveform, whose SI-SDR is the ceiling of separation.
-- Some of the latter are decoded from the sum of two examples' latents, to be the sum of their waveforms, or, through an
-  ideal ratio mask, one of them: what masks need is that latents add, and that each is mostly of one voice.
-- The network starts transparent (see `start_transparent`) and learns what few bits can carry. As it starts, two
-  signals are as far apart in latents as in waveforms; a loss keeps that (see `distance_loss`), so that a separator's
-  error between latents is its error between waveforms.
-- The RVQ starts by k-means on the latents of a network trained without it, in the principal axes of what each codebook
-  is given. Its entries then are running means of the latents that choose them: the same aim as a codebook loss under
-  Adam, reached several times sooner.
-- The commitment loss is relative to the latents' variance, of which gradients are taken too: otherwise it is lowered
-  most easily by smaller latents, which shrank twenty times in an hour.
-- No adversarial losses: on CPUs they made a step twelve times slower.
+- The network starts transparent (see `start_transparent`). As it starts, two signals are as far
+  apart in latents as in waveforms, and a loss keeps that (see `distance_loss`): a separator's error
+  between latents then is its error between waveforms.
+- Most examples are decoded from the sum of two examples' latents, to be the sum of their waveforms,
+  or, through an ideal ratio mask, to be one of them. That is what masks need: that latents add, and
+  that each is mostly of one voice.
 
-Straight-through RVQ with a commitment loss, running means and entries that start again are SoundStream's (Zeghidour
-et al., 2021, https://arxiv.org/abs/2107.03312); quantiser dropout and the spectral losses are as in DAC (Kumar et al.,
-2023, https://arxiv.org/abs/2306.06546).
+The loss on mel spectra is as in DAC (Kumar et al., 2023, https://arxiv.org/abs/2306.06546). To
+train a transform so that the ideal mask on it is best is Tzinis et al., 2019,
+https://arxiv.org/abs/1910.09804.
 """
 
 import copy
@@ -31,6 +26,7 @@ import csv
 import itertools
 import math
 import time
+import warnings
 from pathlib import Path
 
 import librosa  # for its mel filters
@@ -40,32 +36,223 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import SettingsError, at_least, choose_device, make_folder, mixed_precision, run_program, save
-from dac_wrapper import LEVEL, Codec, first_line
-from data import Parser, SpeakerMixtures
+from dac_wrapper import LEVEL, Codec
+from data import SpeakerMixtures
 from evaluate import score
 from losses import si_sdr
-from recipes.codec_scores import read_signals
-from recipes.transform_codec import k_means, lapped_transform
-from soundstream import SLOPE, Conv, ResidualUnit, SoundStream, SoundStreamConfig, Upsample, save_soundstream
+from program import (
+    Parser,
+    UserError,
+    choose_device,
+    choose_precision,
+    first_line,
+    load_tensors,
+    number,
+    run_program,
+    save_tensors,
+    whole,
+    writing,
+)
+from recipes.codec_scores import METRICS, read_signals
+from soundstream import (
+    SLOPE,
+    Conv,
+    ResidualUnit,
+    SoundStream,
+    SoundStreamConfig,
+    Upsample,
+    save_soundstream,
+)
+from transform_codec import lapped_transform
 
-RATE = 8000
+RATE = 8000  # Hz
 SHAPE = SoundStreamConfig(
-    sample_rate=RATE, kernel=64, stride=16, widths=(64, 192, 320, 320), strides=(5, 2, 1), group_width=1 << 20,
-    latent_dim=320, n_codebooks=12, codebook_size=1024, codebook_dim=16, causal=False,
-)  # fmt: skip
+    sample_rate=RATE,
+    kernel=64,
+    stride=16,
+    widths=(64, 192, 320, 320),
+    strides=(5, 2, 1),
+    group_width=1 << 20,  # no groups
+    latent_dim=320,
+    n_codebooks=12,
+    codebook_size=1024,
+    code_dim=64,
+    coder_rounds=2,
+    causal=False,
+)
+# examples
 SECONDS = 0.8
 SPEEDS = tuple(range(90, 113))  # percent
-LEARNING_RATE, WARMUP, CLIP = 7e-4, 100, 1.0
-FITTED_AT = (200, 1500, 4000)  # steps at which the RVQ starts, and starts again on latents that have changed
-QUANTISED = 0.6  # share of the examples that pass it
-ALL_CODEBOOKS = 0.6  # share of the steps that use them all; the others as many as chance says
-SI_SDR = 0.05  # weight a dB, of the examples that bypass the RVQ
-MEL, COMMITMENT, DISTANCE = 1.0, 0.25, 3.0
-DECAY, DEAD = 0.99, 0.05  # of an entry's running means; latents a step below which it starts again
+N_REFERENCE = 512
+# optimisation
+LEARNING_RATE = 5e-4
+WARMUP = 100  # steps
+CLIP = 1.0  # largest norm of the gradient
+# weights of the losses
+MEL = 1.0
+SI_SDR = 0.05  # a dB
+DISTANCE = 1.0
 FLOOR = 1e-5  # a mel band's power, about 35 dB below that of loud speech
-RESUMED = ("counts", "sums", "step", "minutes")  # of last.pt, beside weights and optimizer
 FFTS = {64: 10, 128: 20, 256: 40, 512: 80, 1024: 80}  # window in samples: mel bands
+
+
+def train(
+    data,
+    valid,
+    out: Path,
+    steps: int,
+    minutes: float,
+    mixtures: float,
+    sums: float,
+    batch_size: int,
+    workers: int,
+    bf16: bool,
+    every: float,
+    resume: bool,
+    seed: int,
+) -> None:
+    """A whole run; see the flags of `main`. Raises UserError."""
+    device = choose_device()
+    voices = SpeakerMixtures(data, RATE, seconds=SECONDS, size=10**9, seed=seed, speeds=SPEEDS)
+    examples = Examples(voices, batch_size, mixtures)
+    utterances = []  # [T] each, for validation
+    for wav, _ in itertools.islice(read_signals(valid), 10):
+        utterances.append(torch.from_numpy(wav[: 4 * RATE]))
+    torch.manual_seed(seed)
+    network = start_transparent(SoundStream(SHAPE)).to(device)
+    weights = [*network.encoder.parameters(), *network.decoder.parameters()]
+    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.8, 0.99), fused=True)
+    log_mel = LogMel().to(device)
+    frames = lapped_transform(network.hop_length)[:, None].to(device)  # [2 * hop, 1, 2 * hop]
+    # Batches that no step will see, to measure the latents' scale on.
+    reference = [examples[10**6 + i].to(device) for i in range(N_REFERENCE // batch_size)]
+
+    step = 0
+    spent = 0.0  # minutes, before the run was resumed
+    if resume:
+        step, spent = load_last(out / "last.pt", network, optimizer)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    precision = choose_precision(device, "bf16" if bf16 else "auto")
+    # With float16 the loss would have to be scaled: float32 then.
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+    encode = mixed(network.encoder)
+    decode = mixed(network.decoder)
+    loader = DataLoader(
+        examples,
+        batch_size=None,  # they come in batches
+        sampler=range(step, steps),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(loader)
+
+    start = time.monotonic()
+    saved = start if resume else -math.inf  # a new run is scored as it starts
+    totals = dict.fromkeys(("mel", "sdr", "distance"), 0.0)  # since it was saved
+    seen = 0  # steps since then
+    while True:
+        total_minutes = spent + (time.monotonic() - start) / 60
+        over = max(step / steps, total_minutes / minutes)  # share of the run that is over
+        if over >= 1 or time.monotonic() - saved > 60 * every:
+            save_last(out / "last.pt", network, optimizer, step, total_minutes)
+            save_soundstream(at_unit_scale(network, reference), out / "latents.pth", half=True)
+            means = {
+                name: float(total) / seen if seen else math.nan for name, total in totals.items()
+            }
+            scores = validate(network, utterances, quantize=False)
+            report(out / "log.csv", {"step": step, "minutes": total_minutes, **means, **scores})
+            totals = dict.fromkeys(totals, 0.0)
+            seen = 0
+            saved = time.monotonic()
+        if over >= 1:
+            return
+
+        # What is drawn depends on the step alone, so that a resumed run repeats.
+        torch.manual_seed(seed + step)
+        rate = learning_rate(LEARNING_RATE, step, over)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        summed, masked = draw_paths(batch_size, sums)
+        wav = next(batches).to(device, non_blocking=True)  # [B, 1, T]
+        latents = encode(wav).float()  # [B, D, F]
+        given = latents_to_decode(latents, summed.to(device), masked.to(device))
+        decoded = decode(given).float()[:, 0]  # [B, T]
+        alone = (~summed | masked).to(device)
+        target = wav + torch.where(alone[:, None, None], 0, wav.roll(1, 0))  # [B, 1, T]
+        mel = log_mel(decoded, target[:, 0])  # [B], as are all losses
+        sdr = si_sdr(decoded, target[:, 0])
+        distance = distance_loss(latents, wav / LEVEL, frames)
+        loss = MEL * mel - SI_SDR * sdr + DISTANCE * distance
+        optimizer.zero_grad()
+        loss.mean().backward()
+        nn.utils.clip_grad_norm_(weights, CLIP)
+        optimizer.step()
+        step += 1
+        seen += 1
+        for name, values in zip(totals, (mel, sdr, distance)):
+            totals[name] += values.detach().mean()
+
+
+def learning_rate(peak: float, step: int, over: float) -> float:
+    """A linear rise, then half a cosine down to 0. over: the share of the run that is over."""
+    rise = (step + 1) / WARMUP
+    fall = 0.5 + 0.5 * math.cos(math.pi * over)
+    return peak * min(rise, fall)
+
+
+# Examples and their paths -------------------------------------------------------------------------
+
+
+class Examples:
+    """Batches [size, 1, T] by step, around a codec's level.
+
+    A share `mixtures` of the draws stay mixed, of the others each voice is an example.
+    """
+
+    def __init__(self, voices: SpeakerMixtures, size: int, mixtures: float):
+        self.voices = voices
+        self.size = size
+        self.mixtures = mixtures
+
+    def __getitem__(self, step: int) -> torch.Tensor:
+        rng = np.random.default_rng([self.voices.seed, 1, step])
+        examples = []
+        index = step * self.size
+        while len(examples) < self.size:
+            item = self.voices[index]
+            stays_mixed = rng.random() < self.mixtures
+            examples += [item["mixture"]] if stays_mixed else list(item["sources"])
+            index += 1
+        wav = torch.from_numpy(np.stack(examples[: self.size]))  # [size, T]
+        gain = 10 ** (rng.normal(0, 4, (self.size, 1)) / 20)
+        wav = wav * LEVEL / wav.std(-1, keepdim=True) * torch.from_numpy(gain).float()
+        return wav[:, None]
+
+
+def draw_paths(batch_size: int, sums: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which examples are decoded from a sum, a share `sums`, and which of these through a mask.
+
+    [B] each; half of the summed ones are masked.
+    """
+    summed = torch.rand(batch_size) < sums
+    masked = summed & (torch.rand(batch_size) < 0.5)
+    return summed, masked
+
+
+def latents_to_decode(latents, summed, masked) -> torch.Tensor:
+    """Latents [B, D, F] -> what each example is decoded from: itself, or its sum with another.
+
+    Masked ones are again most of themselves: the mask is the ratio of the two powers.
+    """
+    other = latents.roll(1, 0)
+    power = latents.square()
+    mask = power / (power + other.square() + 1e-8)
+    given = torch.where(summed[:, None, None], latents + other, latents)
+    return torch.where(masked[:, None, None], mask * given, given)
+
+
+# Losses -------------------------------------------------------------------------------------------
 
 
 class LogMel(nn.Module):
@@ -75,299 +262,222 @@ class LogMel(nn.Module):
         super().__init__()
         for size, bands in FFTS.items():
             filters = librosa.filters.mel(sr=RATE, n_fft=size, n_mels=bands, norm=None)
-            self.register_buffer(f"filters_{size}", torch.from_numpy(filters[filters.any(1)]), persistent=False)
+            filters = torch.from_numpy(filters[filters.any(1)])  # [bands, bins], none empty
+            self.register_buffer(f"filters_{size}", filters, persistent=False)
             window = torch.hann_window(size)
             self.register_buffer(f"window_{size}", window / window.norm(), persistent=False)
 
-    def forward(self, estimates, references):
+    def forward(self, estimates: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         """[B, T] twice -> [B], in units of 10 dB."""
         total = 0
         for size in FFTS:
             with torch.no_grad():
-                target = self.spectrum(references, size)
-            total = total + (self.spectrum(estimates, size) - target).abs().mean((1, 2))
+                reference = self.spectrum(references, size)
+            difference = self.spectrum(estimates, size) - reference
+            total = total + difference.abs().mean((1, 2))
         return total / len(FFTS)
 
-    def spectrum(self, wav, size):
-        window, filters = self.get_buffer(f"window_{size}"), self.get_buffer(f"filters_{size}")
+    def spectrum(self, wav: torch.Tensor, size: int) -> torch.Tensor:
+        """[B, T] -> [B, bands, frames]"""
+        window = self.get_buffer(f"window_{size}")
+        filters = self.get_buffer(f"filters_{size}")
         bins = torch.stft(wav, size, size // 2, window=window, return_complex=True)
-        return (filters @ (bins.real.square() + bins.imag.square()) + FLOOR).log10()
+        power = bins.real.square() + bins.imag.square()
+        return (filters @ power + FLOOR).log10()
 
 
 def distance_loss(latents: torch.Tensor, wav: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """How far distances between examples' latents [B, D, F] are from those between their waveforms [B, 1, T].
+    """How far distances between latents [B, D, F] are from those between waveforms [B, 1, T].
 
-    Of each frame of each example, to the same frame of the next one. frames: a tight frame [D, 1, 2 * hop], whose
-    distances are those of the windowed waveforms. Returns the mean squared logarithm of their ratio [B], in bels.
+    Of each frame of each example, to the same frame of the preceding one. frames: a tight frame
+    [D, 1, 2 * hop], whose distances are those of the windowed waveforms. Returns the mean squared
+    logarithm of their ratio [B], in bels.
     """
     hop = frames.shape[-1] // 2
     with torch.no_grad():
-        reference = F.conv1d(F.pad(wav - wav.roll(1, 0), (0, hop)), frames, stride=hop)
-        reference = reference.square().sum(1)  # [B, F]
+        difference = F.pad(wav - wav.roll(1, 0), (0, hop))
+        reference = F.conv1d(difference, frames, stride=hop).square().sum(1)  # [B, F]
         floor = 1e-2 * reference.mean()
-    distance = (latents - latents.roll(1, 0)).square().sum(1)
-    return ((distance + floor) / (reference + floor)).log10().square().mean(1)
+    distance = (latents - latents.roll(1, 0)).square().sum(1)  # [B, F]
+    ratio = (distance + floor) / (reference + floor)
+    return ratio.log10().square().mean(1)
+
+
+# The network as it starts and as it is saved ------------------------------------------------------
 
 
 @torch.no_grad()
-def start_transparent(codec: SoundStream) -> SoundStream:
-    """Sets up a network that is not causal to pass waveforms through, which else takes longer to learn than the rest.
+def start_transparent(network: SoundStream) -> SoundStream:
+    """Sets up a network that is not causal to pass waveforms through.
 
-    Each layer starts as an orthogonal matrix from the samples it sees to as many channels, its mirror in the decoder as
-    the transpose. Channels come in pairs of opposite sign, which leaky ReLUs leave linear ("looks linear", Balduzzi et
-    al., 2017, https://arxiv.org/abs/1702.08591); residual units add nothing yet; all other weights keep a tenth of
-    their random values. The last matrix makes of two frames the cosines and sines of narrow bands, a tight frame: masks
-    can separate voices only where a latent is mostly of one of them.
+    That takes longer to learn than all the rest. Each layer starts as an orthogonal matrix from the
+    samples it sees to as many channels, its mirror in the decoder as the transpose. Channels come
+    in pairs of opposite sign, which leaky ReLUs leave linear ("looks linear", Balduzzi et al.,
+    2017, https://arxiv.org/abs/1702.08591); residual units add nothing yet; all other weights keep
+    a tenth of their random values. The last matrix makes of two frames the cosines and sines of
+    narrow bands, a tight frame: masks can separate voices only where a latent is mostly of one of
+    them.
     """
-    first, *down, last = (layer for layer in codec.encoder.layers if isinstance(layer, Conv))
-    entry, *up, final = (layer for layer in codec.decoder.layers if isinstance(layer, Conv | Upsample))
-    for unit in codec.modules():
-        if isinstance(unit, ResidualUnit):
-            unit.layers[-1].weight.zero_()
-            unit.layers[-1].bias.zero_()
+    first, *down, last = [m for m in network.encoder.layers if isinstance(m, Conv)]
+    entry, *up, final = [m for m in network.decoder.layers if isinstance(m, Conv | Upsample)]
+    for module in network.modules():
+        if isinstance(module, ResidualUnit):
+            module.layers[-1].weight.zero_()
+            module.layers[-1].bias.zero_()
     for layer in (first, *down, last, entry, *up, final):
         layer.weight.mul_(0.1)
         layer.bias.zero_()
 
+    # Of the strides in their kernels, the outermost layers start with the present one alone.
     size = first.in_channels
     basis = nn.init.orthogonal_(torch.empty(size, size))  # of the channels so far, in samples
-    # Of the strides in their kernels, these two layers start with the present one alone.
-    set_pairs(first.weight[:, :, 0], F.pad(basis[:, :, None] / LEVEL, first.ends), paired_in=False)
-    set_pairs(final.weight[:, :, 0], F.pad(basis.T[:, :, None] * LEVEL, first.ends), paired_out=False)
+    matrix = F.pad(basis[:, :, None] / LEVEL, first.ends)
+    set_pairs(first.weight[:, :, 0], matrix, paired_in=False)
+    matrix = F.pad(basis.T[:, :, None] * LEVEL, first.ends)
+    set_pairs(final.weight[:, :, 0], matrix, paired_out=False)
+
     for before, after in zip(down, reversed(up)):
         stride = before.stride[1]
-        new = min(size * stride, before.out_channels // 2)
-        matrix = nn.init.orthogonal_(torch.empty(new, size * stride)).view(new, size, stride)
+        n_channels = min(size * stride, before.out_channels // 2)
+        matrix = nn.init.orthogonal_(torch.empty(n_channels, size * stride))
+        matrix = matrix.view(n_channels, size, stride)
         set_pairs(before.weight[:, :, 0, before.ends[0] :], matrix)
-        set_pairs(after.weight.transpose(0, 1)[:, :, 0, after.start :], matrix.transpose(0, 1))
-        basis, size = torch.einsum("ncj,cs->njs", matrix, basis).flatten(1), new
-    frames = lapped_transform(codec.hop_length).unflatten(1, (2, -1))  # of this frame and the next
+        transposed = after.weight.transpose(0, 1)  # [out, in, 1, kernel]
+        set_pairs(transposed[:, :, 0, after.start :], matrix.transpose(0, 1))
+        basis = torch.einsum("ncj,cs->njs", matrix, basis).flatten(1)
+        size = n_channels
+
+    # Of this frame and the next, [D, 2, hop].
+    frames = lapped_transform(network.hop_length).unflatten(1, (2, -1))
     matrix = torch.einsum("djs,cs->dcj", frames, basis)
     set_pairs(last.weight[:, :, 0, last.ends[0] :], matrix, paired_out=False)
     # Its transpose: this frame from the latents of the last one and its own.
-    set_pairs(entry.weight[:, :, 0, entry.ends[0] - 1 :], matrix.transpose(0, 1).flip(2), paired_in=False)
-    return codec
+    transpose = matrix.transpose(0, 1).flip(2)
+    set_pairs(entry.weight[:, :, 0, entry.ends[0] - 1 :], transpose, paired_in=False)
+    return network
 
 
-def set_pairs(weight, matrix, paired_out=True, paired_in=True) -> None:
-    """Writes [out, in, taps] into the first channels and taps of a weight, and negated between opposite ones."""
-    out, width, taps = matrix.shape
-    for row, sign in ((0, 1), (len(weight) // 2, -1))[: 1 + paired_out]:
-        for column, other in ((0, 1), (weight.shape[1] // 2, -1))[: 1 + paired_in]:
-            # A leaky ReLU makes (1 + SLOPE) x of the difference between x and -x.
-            part = matrix * sign * other / (1 + SLOPE if paired_in else 1)
-            weight[row : row + out, column : column + width, :taps] = part
+def set_pairs(weight, matrix, paired_out: bool = True, paired_in: bool = True) -> None:
+    """Writes [out, in, taps] into the first channels and taps of a weight.
 
-
-class Examples:
-    """Batches [size, 1, T] by step, around a codec's level; a share `mixtures` of the draws stay mixed."""
-
-    def __init__(self, voices: SpeakerMixtures, size: int, mixtures: float):
-        self.voices, self.size, self.mixtures = voices, size, mixtures
-
-    def __getitem__(self, step: int) -> torch.Tensor:
-        rng = np.random.default_rng([self.voices.seed, 1, step])
-        examples, index = [], step * self.size
-        while len(examples) < self.size:
-            item = self.voices[index]
-            examples += [item["mixture"]] if rng.random() < self.mixtures else list(item["sources"])
-            index += 1
-        wav = torch.from_numpy(np.stack(examples[: self.size]))
-        gain = 10 ** (rng.normal(0, 4, (self.size, 1)) / 20)
-        return (wav * LEVEL / wav.std(-1, keepdim=True) * torch.from_numpy(gain).float())[:, None]
-
-
-class Codebooks:
-    """Moves the entries of an RVQ after the latents that choose them, as SoundStream does."""
-
-    def __init__(self, codec: SoundStream):
-        self.quantizer = codec.quantizer
-        self.entries = codec.quantizer.codebooks.data
-        self.counts = torch.ones_like(self.entries[..., 0])  # running means of how many latents chose an entry
-        self.sums = self.entries.clone()  # and of their sum
-
-    @torch.no_grad()
-    def fit(self, latents: torch.Tensor, per_step: int, iterations: int = 6) -> None:
-        """Codebook after codebook by k-means, on what the ones before leave of latents [N, D].
-
-        In their principal axes, which hold most of it: full codebooks are 0.2 dB better, and twenty times as large.
-        per_step: how many latents `follow` will be given.
-        """
-        rest, size = latents, self.entries.shape[-1]
-        for k, entries in enumerate(self.entries):
-            axes = torch.linalg.eigh(rest.T @ rest)[1][:, -size:].T  # [codebook_dim, D]
-            self.quantizer.project[k], self.quantizer.restore[k] = axes, axes.T
-            means, chosen = k_means(rest @ axes.T, len(entries), iterations)
-            entries.copy_(means)
-            self.counts[k] = torch.bincount(chosen, minlength=len(means)).clamp(min=1) * per_step / len(latents)
-            self.sums[k] = means * self.counts[k, :, None]
-            rest = rest - means[chosen] @ axes
-
-    @torch.no_grad()
-    def follow(self, latents: torch.Tensor, codes: torch.Tensor) -> None:
-        """One step of the running means, by latents [B, D, F] and what they chose [B, n_codebooks, F].
-
-        Entries that hardly any chooses any more start again at a latent.
-        """
-        rest = latents.transpose(1, 2).flatten(0, 1)
-        for k, chosen in enumerate(codes.transpose(0, 1).flatten(1)):
-            points = rest @ self.quantizer.project[k].T
-            left = rest - self.entries[k, chosen] @ self.quantizer.restore[k].T
-            counts, sums = self.counts[k], self.sums[k]
-            counts.mul_(DECAY).index_add_(0, chosen, torch.ones_like(points[:, 0]), alpha=1 - DECAY)
-            sums.mul_(DECAY).index_add_(0, chosen, points, alpha=1 - DECAY)
-            dead = counts < DEAD
-            anew = points[torch.randint(len(points), dead.shape, device=points.device)]
-            sums.copy_(torch.where(dead[:, None], 2 * DEAD * anew, sums))
-            counts.masked_fill_(dead, 2 * DEAD)
-            self.entries[k] = sums / counts[:, None]
-            rest = left
+    Where channels are paired, the second half of them is the negative of the first.
+    """
+    n_out, n_in, taps = matrix.shape
+    if paired_in:
+        matrix = matrix / (1 + SLOPE)  # a leaky ReLU makes so much of the difference of x and -x
+    rows = {0: 1}  # {first channel: sign}
+    columns = {0: 1}
+    if paired_out:
+        rows[weight.shape[0] // 2] = -1
+    if paired_in:
+        columns[weight.shape[1] // 2] = -1
+    for row, sign in rows.items():
+        for column, other_sign in columns.items():
+            part = weight[row : row + n_out, column : column + n_in, :taps]
+            part.copy_(matrix * sign * other_sign)
 
 
 @torch.no_grad()
-def at_unit_scale(codec: SoundStream, examples: list[torch.Tensor]) -> SoundStream:
-    """A copy that computes the same with latents of a standard deviation of 1 over examples [B, 1, T].
+def at_unit_scale(network: SoundStream, batches: list[torch.Tensor]) -> SoundStream:
+    """A copy that computes the same with latents of a standard deviation of 1 over [B, 1, T].
 
     Separators then need not know how large a codec's latents are.
     """
-    codec = copy.deepcopy(codec)
-    scale = torch.cat([codec.encoder(wav) for wav in examples]).std()
-    last, entry, quantizer = codec.encoder.layers[-1], codec.decoder.layers[0], codec.quantizer
-    for divided in (last.weight, last.bias, quantizer.restore):
-        divided /= scale
-    for multiplied in (entry.weight, quantizer.project):
-        multiplied *= scale
-    return codec
+    network = copy.deepcopy(network)
+    scale = torch.cat([network.encoder(wav) for wav in batches]).std()
+    last = network.encoder.layers[-1]
+    entry = network.decoder.layers[0]
+    last.weight /= scale
+    last.bias /= scale
+    entry.weight *= scale
+    return network
+
+
+# The folder of a run ------------------------------------------------------------------------------
+
+
+def save_last(path: Path, network, optimizer, step: int, minutes: float) -> None:
+    state = {
+        "codec": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "minutes": minutes,
+    }
+    save_tensors(state, path)
+
+
+def load_last(path: Path, network, optimizer) -> tuple[int, float]:
+    """Brings a run back to where it was saved. Returns its step and minutes. Raises UserError."""
+    state = load_tensors(path, next(network.parameters()).device)
+    try:
+        network.load_state_dict(state["codec"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"], state["minutes"]
+    except (KeyError, RuntimeError, ValueError) as error:  # of another program, or another shape
+        reason = first_line(error)
+        raise UserError(f"{path} can't be resumed ({reason}): choose another --out") from None
 
 
 @torch.no_grad()
-def validate(network: SoundStream, utterances: list[torch.Tensor]) -> dict[str, float]:
-    """Mean scores of what the codec makes of utterances [T], as it will be used, quantised ("_rvq") and not."""
-    codec = Codec(copy.deepcopy(network), RATE, device=next(network.parameters()).device)
-    scores = {f"{name}{path}": [] for path in ("", "_rvq") for name in ("si_sdr", "pesq", "stoi")}
-    for wav in utterances:
-        for path in ("", "_rvq"):
-            decoded = codec.transmit(wav[None].to(codec.device), quantize=bool(path))[0].cpu()
-            for name in ("si_sdr", "pesq", "stoi"):
-                scores[f"{name}{path}"].append(score(name, decoded.numpy(), wav.numpy(), RATE))
-    return {name: float(np.mean(values)) for name, values in scores.items()}
+def validate(network: SoundStream, utterances: list[torch.Tensor], quantize: bool) -> dict:
+    """Mean scores of utterances [T] through the codec as it will be used, quantised or not."""
+    device = next(network.parameters()).device
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*barely resembles")  # a quantizer that is yet to train
+        codec = Codec(copy.deepcopy(network), RATE, device=device)
+    decoded = [codec.transmit(wav[None].to(device), quantize)[0].cpu() for wav in utterances]
+    means = {}
+    for metric in METRICS:
+        pairs = zip(decoded, utterances)
+        values = [score(metric, estimate.numpy(), wav.numpy(), RATE) for estimate, wav in pairs]
+        means[metric] = float(np.mean(values))
+    return means
 
 
 def report(path: Path, row: dict) -> None:
     """Prints a row of scores and appends it to a table."""
     print(*(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-    with open(path, "a", newline="") as file:
+    with writing(path), open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, row)
         if file.tell() == 0:
             writer.writeheader()
         writer.writerow({name: round(value, 4) for name, value in row.items()})
 
 
-def train(
-    data, valid, out: Path, steps, minutes, mixtures, sums, batch_size, workers, bf16, every, resume, seed
-) -> None:
-    """See the flags of `main`. Raises DataError for folders that can't be used, SettingsError for such a run."""
-    device = choose_device()
-    examples = Examples(SpeakerMixtures(data, RATE, SECONDS, 10**9, seed, speeds=SPEEDS), batch_size, mixtures)
-    utterances = [torch.from_numpy(wav[: 4 * RATE]) for wav, _ in itertools.islice(read_signals(valid), 10)]
-    torch.manual_seed(seed)
-    codec, log_mel = start_transparent(SoundStream(SHAPE)), LogMel().to(device)
-    frames = lapped_transform(codec.hop_length)[:, None].to(device)
-    reference = [examples[10**6 + i].to(device) for i in range(math.ceil(512 / batch_size))]  # to fit and to measure on
-    codec.to(device).quantizer.requires_grad_(False)  # its codebooks follow the latents instead
-    books = Codebooks(codec)
-    weights = [p for p in codec.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.8, 0.99), fused=True)
-    step, spent = 0, 0.0
-    if resume:
-        try:
-            state = torch.load(out / "last.pt", map_location=device, weights_only=True)
-            codec.load_state_dict(state["codec"])
-            optimizer.load_state_dict(state["optimizer"])
-            books.counts, books.sums, step, spent = (state[name] for name in RESUMED)
-        except Exception as error:  # torch.load raises half a dozen types on a file that is not one of ours
-            raise SettingsError(f"{out}/last.pt can't be resumed ({first_line(error)}): choose another --out") from None
-    make_folder(out)
-    # With fp16 the loss would have to be scaled.
-    half = torch.bfloat16 if bf16 else mixed_precision(device)
-    encode, decode = (
-        torch.autocast(device.type, half, enabled=half is torch.bfloat16)(part)
-        for part in (codec.encoder, codec.decoder)
-    )
-    batches = iter(DataLoader(
-        examples, None, sampler=range(step, steps), num_workers=workers, pin_memory=device.type == "cuda",
-    ))  # fmt: skip
-
-    start = time.monotonic()
-    saved = start if resume else -math.inf  # a new run is scored as it starts
-    totals, seen = dict.fromkeys(("mel", "sdr", "commitment", "distance"), torch.zeros((), device=device)), 0
-    while True:
-        total = spent + (time.monotonic() - start) / 60
-        over = max(step / steps, total / minutes)
-        if over >= 1 or time.monotonic() - saved > 60 * every:
-            state = dict(zip(RESUMED, (books.counts, books.sums, step, total)))
-            state |= {"codec": codec.state_dict(), "optimizer": optimizer.state_dict()}
-            save(out / "last.pt", state)
-            save_soundstream(at_unit_scale(codec, reference).half(), out / "codec.pth")
-            means = {name: float(value) / seen if seen else math.nan for name, value in totals.items()}
-            report(out / "log.csv", {"step": step, "minutes": total} | means | validate(codec, utterances))
-            totals, seen, saved = dict.fromkeys(totals, torch.zeros((), device=device)), 0, time.monotonic()
-        if over >= 1:
-            return
-
-        torch.manual_seed(seed + step)  # what is drawn depends on the step alone, so that a resumed run repeats
-        if step in FITTED_AT:
-            with torch.no_grad():
-                latents = torch.cat([codec.encoder(wav).transpose(1, 2).flatten(0, 1) for wav in reference])
-                books.fit(latents, batch_size * round(SECONDS * codec.sample_rate / codec.hop_length))
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * over))
-
-        wav = next(batches).to(device, non_blocking=True)
-        latents = encode(wav).float()
-        n = codec.n_codebooks if torch.rand(()) < ALL_CODEBOOKS else int(torch.randint(1, codec.n_codebooks, ()))
-        quantising = step >= FITTED_AT[0]
-        quantised, codes = codec.quantizer(latents, n) if quantising else (latents, None)
-        passes = (torch.rand(batch_size) < QUANTISED * quantising).to(device)  # which examples pass the RVQ
-        straight_through = latents + (quantised - latents).detach()
-        adds = (~passes & (torch.rand(batch_size) < sums).to(device))[:, None, None]  # and which have company
-        masks = adds & (torch.rand(batch_size) < 0.5).to(device)[:, None, None]  # from which they are masked out
-        other, power = latents.roll(1, 0), latents.square()
-        given = torch.where(passes[:, None, None], straight_through, latents + adds * other)
-        given = given * torch.where(masks, power / (power + other.square() + 1e-8), 1)
-        decoded, target = decode(given).float()[:, 0], (wav + (adds & ~masks) * wav.roll(1, 0))[:, 0]
-        mel, sdr = log_mel(decoded, target), si_sdr(decoded, target)
-        commitment = (latents - quantised).square().mean((1, 2)) / latents.var()
-        distance = distance_loss(latents, wav / LEVEL, frames)
-        loss = MEL * mel - SI_SDR * ~passes * sdr + COMMITMENT * commitment + DISTANCE * distance
-        optimizer.zero_grad()
-        loss.mean().backward()
-        nn.utils.clip_grad_norm_(weights, CLIP)
-        optimizer.step()
-        if quantising:
-            books.follow(latents, codes)
-        step, seen = step + 1, seen + 1
-        totals = {name: totals[name] + x.detach().mean() for name, x in zip(totals, (mel, sdr, commitment, distance))}
-
-
 def main() -> None:
-    parser, share = Parser(description="Trains a small codec of one's own."), at_least(0, float, 1)
-    parser.add_argument("--data", required=True, help="folder with one folder per speaker")
+    parser = Parser(description="Trains a small codec of one's own.")
+    share = number(0, 1)
+    parser.add_argument("--data", required=True, help="folder with a folder per speaker")
     parser.add_argument("--valid", required=True, help="folder of other speakers")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=at_least(1), default=10**6, help="after which the run ends")
-    parser.add_argument("--minutes", type=at_least(1e-9, float), default=math.inf, help="after which it ends if sooner")
-    parser.add_argument("--mixtures", type=share, default=0.2, help="share of mixtures drawn that stay mixed")
-    parser.add_argument("--sums", type=share, default=0.6, help="share of the unquantised ones decoded from a sum")
-    parser.add_argument("--batch_size", type=at_least(1), default=16, help="examples a step")
-    parser.add_argument("--workers", type=at_least(0), default=1, help="processes that make examples")
-    parser.add_argument("--bf16", action="store_true", help="encoder and decoder in bfloat16 on a CPU too: 1.4 times as fast")
-    parser.add_argument("--every", type=float, default=5, help="minutes between checkpoints and validations")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--steps", type=whole(1), default=10**6, help="after which the run ends")
+    parser.add_argument(
+        "--minutes", type=number(1e-9), default=math.inf, help="after which it ends if sooner"
+    )
+    parser.add_argument(
+        "--mixtures", type=share, default=0.2, help="share of mixtures drawn that stay mixed"
+    )
+    parser.add_argument(
+        "--sums", type=share, default=0.8, help="share of examples decoded from a sum"
+    )
+    parser.add_argument("--batch_size", type=whole(1), default=16, help="examples a step")
+    parser.add_argument("--workers", type=whole(0), default=1, help="processes that make examples")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="encoder and decoder in bfloat16 on a CPU too: 1.4 times as fast",
+    )
+    parser.add_argument(
+        "--every", type=number(0), default=5.0, help="minutes between checkpoints and validations"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--seed", type=whole(0), default=0)
     args = parser.parse_args()
-    if args.resume != (args.out / "last.pt").exists():
-        parser.error(f"{args.out} holds no run to resume" if args.resume else f"{args.out} holds a run: add --resume")
+    begun = (args.out / "last.pt").exists()
+    if args.resume and not begun:
+        parser.error(f"{args.out} holds no run to resume")
+    if begun and not args.resume:
+        parser.error(f"{args.out} holds a run: add --resume")
     train(**vars(args))
 
 
