@@ -8,13 +8,11 @@ A checkpoint is a dictionary of plain tensors, numbers and strings:
     config, model       what the separator is built from, and its weights
     sample_rate         Hz, of the mixtures
     codec               name and fingerprint of the codec that it was trained on
-    quantize_before, quantize_after
+    quantize_before, quantize_after     whether the RVQ was before and after the separator
     settings            those of the run, for the record and to resume it
     git                 the revision of the code
     training            only in last.pt: the optimizer and all else that resuming needs
 """
-
-from dataclasses import fields
 
 import torch
 
@@ -36,10 +34,11 @@ SEPARATORS = {
 def build_model(name: str, sizes: dict, n_speakers: int, latent_dim: int) -> torch.nn.Module:
     """An untrained separator. sizes: fields of its config. Raises UserError if they don't fit."""
     separator, config = SEPARATORS[name]
-    sizes = {**sizes, "n_speakers": n_speakers, "latent_dim": latent_dim}
-    known = {field.name for field in fields(config)}
+    sizes = {**sizes, "n_speakers": n_speakers}
+    if separator.on_latents:
+        sizes["latent_dim"] = latent_dim
     try:
-        return separator(config(**{key: value for key, value in sizes.items() if key in known}))
+        return separator(config(**sizes))
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -48,6 +47,7 @@ def load_checkpoint(path) -> dict:
     """Reads a checkpoint as plain tensors, never as code. Raises UserError if it is none."""
     checkpoint = load_tensors(path)
     expected = {"separator", "config", "model", "sample_rate", "codec", "settings"}
+    expected |= {"quantize_before", "quantize_after"}
     if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of train.py: give another")
     return checkpoint
@@ -78,7 +78,7 @@ def check_codec(checkpoint: dict, path, codec: Codec) -> None:
     trained_on = checkpoint["codec"]
     if trained_on["fingerprint"] != codec.fingerprint:
         name = trained_on["name"]
-        raise UserError(f"{path} was trained on other weights of {name} than {codec.name}'s")
+        raise UserError(f"{path} was trained on another {name} than {codec.name}: give --codec")
 
 
 def load_separator(path, device, codec_name: str | None = None):

@@ -5,10 +5,10 @@
 
 A file is what np.save makes of one dictionary: a NumPy header and a pickle, with `codes`, uint16
 [channels, N, F] for N codebooks and F frames, and `metadata`. Files of this repository's own
-`recipes.codes` have one entry more in their metadata, the codec's name and fingerprint, and their
-`input_db` is the recording's RMS in dB of full scale. In official ones it is a loudness (LUFS), to
-which the official decoder brings whatever it decodes: so both voices of a separated file are as
-loud there as their mixture was.
+`recipes.codes`, which the official package can't decode, have one entry more in their metadata, the
+codec's name and fingerprint, and their `input_db` is the recording's RMS in dB of full scale. In
+official ones it is a loudness (LUFS), to which the official decoder brings whatever it decodes: so
+both voices of a separated file are as loud there as their mixture was.
 
 What is unusual: a pickle can run any code when it is read. Here only NumPy's arrays, dtypes and
 scalars are made of one; all else is refused.
@@ -37,7 +37,7 @@ class CodeFile:
     sample_rate: int  # Hz, of the recording
     original_length: int  # its samples
     input_db: float  # its loudness
-    chunk_length: int  # frames; of all that the official decoder takes at a time
+    chunk_length: int  # frames that the official decoder takes at a time
     padding: bool  # whether it was coded whole, not in overlapping chunks
     codec: dict = field(default_factory=dict)  # name and fingerprint; empty in official files
 
@@ -73,11 +73,13 @@ def read_codes(path) -> CodeFile:
         metadata = dict(content["metadata"])
         if metadata.pop("dac_version") != VERSION:
             raise ValueError(f"only files of version {VERSION} are read")
-        if int(metadata.pop("channels")) != 1 or codes.shape[0] != 1:
-            raise ValueError("it has several channels: mix them down before encoding")
         if codes.ndim != 3 or codes.dtype.kind not in "ui" or not codes.size:
             raise ValueError("it holds no codes")
+        if int(metadata.pop("channels")) != 1 or codes.shape[0] != 1:
+            raise ValueError("it has several channels: mix them down before encoding")
         codec = metadata.pop("codec", {})
+        if codec:
+            codec = {"name": str(codec["name"]), "fingerprint": str(codec["fingerprint"])}
         found = CodeFile(
             codes=torch.from_numpy(codes[0].astype(np.int64)),
             sample_rate=int(metadata.pop("sample_rate")),
@@ -85,12 +87,14 @@ def read_codes(path) -> CodeFile:
             input_db=float(np.asarray(metadata.pop("input_db")).reshape(())),
             chunk_length=int(metadata.pop("chunk_length")),
             padding=bool(metadata.pop("padding")),
-            codec={name: str(codec[name]) for name in ("name", "fingerprint") if codec},
+            codec=codec,
         )
         if min(found.sample_rate, found.original_length, found.chunk_length) < 1:
             raise ValueError("its length or its rate is not positive")
         return found
-    except Exception as error:  # np.load and pickle raise a dozen types on what is no such file
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: check the path") from None
+    except Exception as error:  # NumPy and pickle raise a dozen types on what is no such file
         reason = f"missing {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"can't read {path} as a .dac file ({reason}): encode it anew") from None
 
@@ -132,7 +136,8 @@ def check_codes(file: CodeFile, path, codec: Codec) -> None:
         n_chunks = seconds * codec.codec_rate / chunk_stride(file, codec)
         expected = math.ceil(n_chunks) * file.chunk_length
     tolerance = 2 if file.padding else file.chunk_length
-    if abs(n_frames - expected) > tolerance:
+    broken = not file.padding and n_frames % file.chunk_length
+    if broken or abs(n_frames - expected) > tolerance:
         what = f"{n_frames} frames for {seconds:.2f} s, {codec.name} makes {expected}"
         raise UserError(f"{path} holds {what}: it is of another codec")
 
@@ -145,7 +150,7 @@ def chunk_stride(file: CodeFile, codec: Codec) -> int:
     """
     length = file.chunk_length
     for layer in codec.network.decoder.modules():
-        if isinstance(layer, nn.Conv1d):
+        if isinstance(layer, nn.Conv1d):  # of stride 1, and here without padding
             length -= layer.dilation[0] * (layer.kernel_size[0] - 1)
         if isinstance(layer, nn.ConvTranspose1d):
             length = (length - 1) * layer.stride[0] + layer.kernel_size[0]

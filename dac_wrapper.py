@@ -387,24 +387,29 @@ def fold_weight_norm(model: nn.Module) -> nn.Module:
 
 
 def import_dac():
-    """Imports the `dac` package also where torchaudio is broken.
-
-    As PyPI's torchaudio is beside a CPU build of torch. dac reaches it only through audiotools, and
-    needs none of it for the model: an empty module will do.
-    """
+    """The `dac` package."""
     # dac uses the old weight norm.
     warnings.filterwarnings("ignore", ".*weight_norm. is deprecated", FutureWarning)
-    if "dac" in sys.modules:
-        return sys.modules["dac"]
+    return import_package("dac")
+
+
+def import_package(name: str):
+    """Imports a package that wants torchaudio also where that is broken.
+
+    As PyPI's torchaudio is beside a CPU build of torch. Neither dac nor encodec needs it for the
+    model: an empty module will do.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
     try:
         importlib.import_module("torchaudio")
-        return importlib.import_module("dac")
+        return importlib.import_module(name)
     except (ImportError, OSError):
-        for name in list(sys.modules):
-            if name.split(".")[0] in ("torchaudio", "audiotools", "dac"):
-                del sys.modules[name]
+        for loaded in list(sys.modules):
+            if loaded.split(".")[0] in ("torchaudio", "audiotools", name):
+                del sys.modules[loaded]
         sys.modules["torchaudio"] = types.ModuleType("torchaudio")
         try:
-            return importlib.import_module("dac")
+            return importlib.import_module(name)
         finally:
             del sys.modules["torchaudio"]  # others must not take the stand-in for the real one

@@ -1,7 +1,7 @@
 """Mixtures of two to five speakers: drawn on the fly from recordings, or read from a fixed set.
 
 - `SpeakerMixtures`: of any folder laid out as <root>/<speaker>/**/*.{wav,flac,ogg,opus}, as
-  LibriSpeech and VCTK are, once their speakers have folders of their own
+  LibriSpeech's train-clean-100 and VCTK are
 - `FixedMixtures`: a set as WSJ0-2mix, LibriMix and WHAM! have it, whole or in random segments
 
 Both are sequences of dictionaries
@@ -11,11 +11,11 @@ Both are sequences of dictionaries
     name        unique in its dataset
 
 What is unusual: an item is asked for by its index or by (epoch, index), and is a pure function of
-these and the dataset's seed. So a run repeats exactly, can be resumed anywhere, its workers need no
-shared state, and the processes of one training never share a mixture.
+these and the dataset's seed. So a run repeats exactly, can be resumed anywhere, and its workers
+need no shared state.
 
-Relative levels and the peak follow WSJ0-2mix's recipe (Hershey et al., 2016), speed perturbation
-the Codecformer paper's. A dataset of your own is a class and a line in DATASETS.
+The range of levels and the peak are WSJ0-2mix's (Hershey et al., 2016); the Codecformer paper's
+speeds are 95, 100 and 105 percent. A dataset of your own is a class and a line in DATASETS.
 """
 
 import math
@@ -34,7 +34,7 @@ from program import UserError
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus"}
 MIX_FOLDERS = ("mix", "mix_clean", "mix_both")
 SPLITS = {"train", "valid", "dev", "test", "tr", "cv", "tt"}  # names that no speaker has
-WHAM_SNR = (-6.0, 3.0)  # dB; in WHAM! of the first speaker, here of all speech over noise
+WHAM_SNR = (-6.0, 3.0)  # dB; in WHAM! first speaker over noise, here all speech over noise
 
 
 class DataError(UserError):
@@ -49,7 +49,8 @@ class SpeakerMixtures:
 
     root: folder with a folder per speaker.
     n_speakers: in a mixture, 2 to 5.
-    seconds: of a mixture. Shorter recordings are joined with short pauses.
+    seconds: of a mixture, 4 by default. Shorter recordings are joined with short pauses.
+    size: 1,000 by default.
     speeds: percentages; each source is played at one of them (resampled: the pitch moves too).
     noise: folder; the mixture, but no source, also holds a random segment of its recordings, at an
         SNR (all speech over noise) drawn from the range `snr` in dB.
@@ -216,7 +217,8 @@ class FixedMixtures:
         if self.n_speakers != n_speakers:
             raise DataError(f"{root} has {self.n_speakers} speakers a mixture, not {n_speakers}")
         self.recordings = Recordings()
-        self.files = self.recordings.add(list_audio(self.folders[0]), self.folders[0])
+        files = [path for path in list_audio(self.folders[0]) if path.parent == self.folders[0]]
+        self.files = self.recordings.add(files, self.folders[0], tolerated=0.0)
         for folder in source_folders:
             missing = {path.name for path in self.files} - {path.name for path in folder.iterdir()}
             if missing:
@@ -268,12 +270,20 @@ class FixedMixtures:
         speeds = [self.speeds[rng.integers(len(self.speeds))] for _ in sources]
         start = int(rng.integers(max(len(mixture) - self.length, 0) + 1))
         noise = mixture - sources.sum(0)
-        cuts = np.zeros((1 + len(sources), self.length), np.float32)
+        cuts = np.zeros((1 + len(sources), self.length), np.float32)  # the noise comes first
         for cut, signal, speed in zip(cuts, [noise, *sources], [100, *speeds]):
             wanted = math.ceil(self.length * speed / 100)
             part = resample(signal[start : start + wanted], speed, 100)[: self.length]
             cut[: len(part)] = part
         return cuts.sum(0), cuts[1:]
+
+
+def find_mix_folder(root) -> str | None:
+    """The name of the folder of mixtures in a fixed set."""
+    for name in MIX_FOLDERS:
+        if (Path(root) / name).is_dir():
+            return name
+    return None
 
 
 # Kinds of datasets, of which the first that fits a folder opens it. Each is a class with `fits`,
@@ -301,8 +311,8 @@ class Replaced:
     """A dataset for training, in which the next mixture takes the place of one that can't be made.
 
     Its items have two entries more: `broken`, why mixtures were passed over, a line each, and
-    `position`, a number in [0, 1) that says where a crop of the item begins. Raises DataError after
-    100 in a row.
+    `position`, a number in [0, 1) that says where train.py's crop for the loss begins. Raises
+    DataError after 100 in a row.
     """
 
     def __init__(self, mixtures):
@@ -332,7 +342,7 @@ def list_audio(folder) -> list[Path]:
     found = []
     for path in sorted(Path(folder).rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        dead = path.is_symlink() and not path.exists()  # to be named when it is opened
+        dead = path.is_symlink() and not path.exists()  # listed, so that opening it names it
         if path.suffix.lower() in AUDIO_SUFFIXES and not hidden and (path.is_file() or dead):
             found.append(path)
     return found
@@ -374,10 +384,11 @@ class Recordings:
         self.kept = {}  # {path: [T]}
         self.fit = True
 
-    def add(self, paths: list[Path], where) -> list[Path]:
+    def add(self, paths: list[Path], where, tolerated: float = 0.1) -> list[Path]:
         """Reads the headers of recordings in parallel and returns those that can be read.
 
-        Others are named and passed over. Raises DataError if they are more than a tenth, or all.
+        Others are named and passed over. Raises DataError if they are more than the share
+        `tolerated`, or if there are none at all.
         """
         with ThreadPoolExecutor() as pool:
             answers = pool.map(read_header, paths)
@@ -388,7 +399,7 @@ class Recordings:
             tqdm.write(f"passed over: {path} ({answers[path]})", file=sys.stderr)
         if not paths:
             raise DataError(f"{where} holds no wav, flac, ogg or opus files: give another")
-        if len(broken) > 0.1 * len(paths):
+        if len(broken) > tolerated * len(paths):
             what = f"{len(broken)} of {len(paths)} recordings in {where} can't be read"
             raise DataError(f"{what}, {broken[0]} the first: check or remove them")
         for path in broken:
@@ -425,7 +436,7 @@ def read_audio(path, start: int = 0, frames: int = -1) -> tuple[np.ndarray, int]
             rate = file.samplerate
             expected = file.frames - start if frames < 0 else frames
             if start:
-                file.seek(start)  # a GSM file can't
+                file.seek(start)  # not for 0, since GSM files can't seek at all
             audio = file.read(expected, dtype="float32", always_2d=True)  # [T, channels]
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if Path(path).exists() else "no such file"
@@ -453,11 +464,3 @@ def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
 def resampling_filter(factor: int) -> np.ndarray:
     """SciPy's own filter, which it designs anew in every call, a seventh of a mixture's time."""
     return firwin(20 * factor + 1, 1 / factor, window=("kaiser", 5.0)).astype(np.float32)
-
-
-def find_mix_folder(root) -> str | None:
-    """The name of the folder of mixtures in a fixed set."""
-    for name in MIX_FOLDERS:
-        if (Path(root) / name).is_dir():
-            return name
-    return None

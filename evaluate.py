@@ -166,22 +166,26 @@ def score_mixture(
     [S, T]. Each row has one entry more, `lag`: samples within 20 ms by which estimates are late.
     """
     torch.set_num_threads(1)  # there is a process a core
+    untouched = {}  # {column: [S]}, of the mixture itself
+    for column in columns:
+        if column.gain:
+            sources = references[column.reference]
+            values = [score(column.metric, mixture, source, rate) for source in sources]
+            untouched[column.name] = values
     scores = {row: {} for row in rows}
     for row, estimates in rows.items():
         ordered = {name: in_order(estimates, sources) for name, sources in references.items()}
         for column in columns:
-            values = []
-            for estimate, source in zip(ordered[column.reference], references[column.reference]):
-                value = score(column.metric, estimate, source, rate)
-                if column.gain:
-                    value -= score(column.metric, mixture, source, rate)
-                values.append(value)
+            pairs = zip(ordered[column.reference], references[column.reference])
+            values = [score(column.metric, estimate, source, rate) for estimate, source in pairs]
+            if column.gain:
+                values = [value - base for value, base in zip(values, untouched[column.name])]
             scores[row][column.name] = values
         lags = []
         for estimate, source in zip(ordered["clean"], references["clean"]):
+            lag, _ = measure_lag(torch.from_numpy(source), torch.from_numpy(estimate), rate // 50)
             known = estimate.std() > 1e-6 and source.std() > 1e-6
-            pair = torch.from_numpy(source), torch.from_numpy(estimate)
-            lags.append(measure_lag(*pair, rate // 50)[0] if known else math.nan)
+            lags.append(lag if known else math.nan)
         scores[row]["lag"] = lags
     return scores
 
@@ -204,7 +208,7 @@ def separate_in(situation: str, model, codec: Codec, mixture, before: bool, afte
     """Mixtures [B, T] -> estimates [B, S, T] in a call that travels as latents of a codec.
 
     situation: where the separator stands.
-        clean         before the codec: it hears the mixture itself
+        clean         before the codec: it hears the mixture itself, and nothing is sent
         transmitted   behind it: it hears the waveform that the receiver decoded. A separator on
                       latents encodes that again
         latents       on the way, latents in and latents out. A separator on waveforms decodes them
@@ -221,8 +225,8 @@ def separate_in(situation: str, model, codec: Codec, mixture, before: bool, afte
         return estimates
     if situation == "transmitted":
         heard = codec.transmit(mixture, quantize=before)
-        return separate(model, codec, heard, quantize_after=after)
-    return separate(model, codec, mixture, before, after)
+        return separate(model, codec, heard, quantize_before=False, quantize_after=after)
+    return separate(model, codec, mixture, quantize_before=before, quantize_after=after)
 
 
 @torch.no_grad()
@@ -269,7 +273,7 @@ def score_dataset(dataset, models: dict, codec: Codec, situations: bool, out: Pa
     scores = []
     bar = tqdm(total=len(dataset), desc="scoring", unit="mixture")
     with writing(out), open(out / "scores.jsonl", "w") as file:
-        for start in range(0, len(dataset), 4 * n_processes):
+        for start in range(0, len(dataset), 4 * n_processes):  # so that memory holds what waits
             tasks = []
             for index in range(start, min(start + 4 * n_processes, len(dataset))):
                 item = dataset[index]
@@ -281,14 +285,24 @@ def score_dataset(dataset, models: dict, codec: Codec, situations: bool, out: Pa
                     write_estimates(out, item["name"], in_order(last, item["sources"]), codec)
             for name, task in tasks:
                 scored = {"mixture": name, "rows": task.result()}
-                # JSON has no NaN.
-                line = json.dumps(scored).replace("NaN", "null")
-                print(line, file=file)
                 scores.append(scored)
+                line = json.dumps(without_nan(scored))
+                print(line, file=file)
                 bar.update()
     bar.close()
     pool.shutdown()
     return scores
+
+
+def without_nan(content):
+    """The same with None in the place of NaN, which JSON doesn't have."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_nan(value) for value in content]
+    if isinstance(content, float) and math.isnan(content):
+        return None
+    return content
 
 
 def write_estimates(out: Path, name: str, estimates: np.ndarray, codec: Codec) -> None:
@@ -331,7 +345,7 @@ def summarise(scores: list[dict], columns: list[Column]) -> dict[str, dict]:
 def format_table(summary: dict[str, dict], columns: list[Column]) -> str:
     """The summary as text; with intervals where there is room for them."""
     with_interval = len(columns) < 8
-    width = 13 if with_interval else 9
+    width = 11 if with_interval else 9
     indent = max(32, *(len(values["title"]) + 2 for values in summary.values()))
     lines = [" " * indent + "".join(column.title.rjust(width) for column in columns)]
     left_out = []
@@ -349,7 +363,7 @@ def format_table(summary: dict[str, dict], columns: list[Column]) -> str:
             if value["left_out"]:
                 left_out.append(f"{column.title} of {values['title']}: {value['left_out']}")
         lag = values["lag"]["median_samples"]
-        if lag:
+        if lag is not None and abs(lag) >= 1:
             line += f"  shifted by {lag:+.0f} samples: SI-SDR and SDR are spoilt"
         lines.append(line)
     if left_out:

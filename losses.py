@@ -8,9 +8,9 @@ one function and one line in LOSSES:
 
     estimates   what the separator arrives at: waveforms [B, S, T], or latents [B, S, D, F] where
                 the loss's line in LOSSES says so
-    sources     the clean sources [B, S, T], at the gain that brought their mixture to the codec's
-                level: their latents are what a mask on the mixture's latents can reach
-    margin      frames at either end that are there for the codec's sake and are not scored
+    sources     the clean sources [B, S, T], multiplied by the gain that brought their mixture to
+                the codec's level: their latents are what a mask on the mixture's latents can reach
+    margin      frames at either end that the codec needs for context, and that are not scored
 
 Entry [b, i, j] says how badly estimate i fits source j of mixture b.
 
@@ -23,7 +23,7 @@ from itertools import permutations
 
 import torch
 
-# An energy. It keeps silence finite, and lies far below one 16-bit step in a second of audio.
+# An energy. It keeps silence finite, and lies below that of a single 16-bit step.
 EPS = 1e-10
 
 
@@ -96,7 +96,9 @@ def csi_sdr_loss(codec, estimates, sources, margin: int = 0) -> torch.Tensor:
 
 def embedding_loss(codec, latents, sources, margin: int = 0) -> torch.Tensor:
     """The error of the latents against those of the clean sources; nothing is decoded."""
-    targets = codec.encode(sources)[..., : latents.shape[-1]]  # a codec that is late needs more
+    targets = codec.encode(sources)[
+        ..., : latents.shape[-1]
+    ]  # a codec that is late has more frames
     return pairwise_latent_error(without_margin(latents, margin), without_margin(targets, margin))
 
 

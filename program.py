@@ -11,6 +11,7 @@ Nothing in here is about speech; a first reading can leave it out.
 
 import argparse
 import math
+import multiprocessing
 import os
 import platform
 import shlex
@@ -67,7 +68,12 @@ def run_program(main) -> None:
     tqdm.write(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # an ordinary exit would wait for data workers to finish what they are at
+    # An ordinary exit would wait for other processes to finish what they are at, and a sudden one
+    # leaves those that score waiting for ever. To torch the end of a data worker is an error.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.terminate()
+    os._exit(status)
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -103,10 +109,10 @@ def add_flags(parser: Parser, settings, defaults: dict, leave_out=()) -> None:
     Booleans become --flag and --no-flag, lists take several words. defaults: shown by --help in
     place of the dataclass's own.
     """
-    for setting in fields(settings):
-        if setting.name in leave_out:
+    for entry in fields(settings):
+        if entry.name in leave_out:
             continue
-        kind = setting.type
+        kind = entry.type
         if get_origin(kind) is UnionType:  # int | None
             kind = get_args(kind)[0]
         options = {"default": argparse.SUPPRESS}
@@ -116,11 +122,11 @@ def add_flags(parser: Parser, settings, defaults: dict, leave_out=()) -> None:
             options["nargs"] = "+"
             kind = get_args(kind)[0]
         if kind is not bool:
-            options["type"] = setting.metadata.get("read") or kind
-            options["choices"] = setting.metadata.get("choices")
-        text = setting.metadata.get("help", f"of {settings.__name__}")
-        default = defaults.get(setting.name, setting.default)
-        parser.add_argument(f"--{setting.name}", help=f"{text} (default: {default})", **options)
+            options["type"] = entry.metadata.get("read") or kind
+            options["choices"] = entry.metadata.get("choices")
+        text = entry.metadata.get("help", f"of {settings.__name__}")
+        default = defaults.get(entry.name, entry.default)
+        parser.add_argument(f"--{entry.name}", help=f"{text} (default: {default})", **options)
 
 
 def number(least: float, most: float = math.inf, kind: type = float):
@@ -128,11 +134,11 @@ def number(least: float, most: float = math.inf, kind: type = float):
 
     def read(text: str):
         value = kind(text)
-        if not least <= value <= most or math.isinf(value):
+        if not least <= value <= min(most, sys.float_info.max):
             raise argparse.ArgumentTypeError(f"{text} must lie in {least:g} to {most:g}")
         return value
 
-    read.__name__ = kind.__name__  # argparse's name for what isn't even a number
+    read.__name__ = kind.__name__  # argparse says it of a word that is no number at all
     return read
 
 

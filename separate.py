@@ -5,9 +5,9 @@
     python separate.py call.dac                   separated/call_s1.dac, call_s2.dac: codes to codes
 
 Sample rates from 1 to 192 kHz; several channels are mixed down. What libsndfile can't read (m4a,
-mp4, webm ...) is decoded by ffmpeg where that is installed. The outputs are mono, as long and as
-loud as the mono mix, at its rate: an estimate can be louder than the mixture, so they are 32-bit
-float, in which nothing clips.
+mp4, webm ...) is decoded by ffmpeg where that is installed. The outputs are mono, at the rate and
+length of the recording, each as loud as it is in the mix. An estimate can be louder than the
+mixture, so they are 32-bit float, in which nothing clips.
 
 What is unusual:
 - Above 90 s a recording is separated in windows that overlap by 10 s. Which speaker comes first is
@@ -46,7 +46,6 @@ from program import (
     portable,
     run_program,
     whole_file,
-    writing,
 )
 
 # Seconds of a long recording that are separated at a time, and of them shared with the next. What
@@ -80,7 +79,7 @@ def separate_file(model, codec, path: Path, targets: list[Path], rvq=(False, Fal
         rate = info.samplerate
         if not 1000 <= rate <= 192000:
             raise DataError(f"{path} is at {rate} Hz, it must lie in 1000 to 192000: resample it")
-        if length > 2**36:  # more than FLAC can state: nothing is stated
+        if length > 2**36:  # more than FLAC can state: libsndfile's word for an unknown length
             raise DataError(f"{path} doesn't say how long it is: convert it to WAV")
         if length < 0.1 * rate:
             raise DataError(f"{path} lasts {length / rate:.3f} s, at least 0.1 s is needed")
@@ -96,7 +95,7 @@ def separate_file(model, codec, path: Path, targets: list[Path], rvq=(False, Fal
         for start, next_start in zip(bar, following):
             audio, _ = read_audio(source, start, min(WINDOW * rate, length - start))
             loudest = np.abs(audio).max()
-            if not loudest < 1e15:  # its square must stay a number
+            if not loudest < 1e15:  # not a number either; and its square must stay one
                 raise DataError(f"{path} peaks at {loudest:.0e}, full scale is 1: scale it down")
             estimates = separate_window(model, codec, audio, rate, rvq)
             estimates = join(tail, estimates)
@@ -111,8 +110,8 @@ def separate_window(model, codec, audio: np.ndarray, rate: int, rvq=(False, Fals
     """[T] at any rate -> estimates [S, T], as loud as they are in it."""
     # A constant offset would be most of the power, and what is left too quiet for the model.
     offset = audio.mean(dtype=np.float64).astype(np.float32)
-    # Each window is brought to the codec's level by itself, as mixtures are in training: quiet
-    # parts of a recording then reach the separator as loud as the others.
+    # `separate` brings each window to the codec's level by itself, as mixtures are in training:
+    # quiet parts of a recording then reach the separator as loud as the others.
     mixture = torch.from_numpy(resample(audio - offset, rate, codec.sample_rate))
     estimates = separate(model, codec, mixture[None].to(codec.device), *rvq)[0].cpu().numpy()
     # Resampling there and back never loses a sample: it rounds up.
@@ -130,12 +129,13 @@ def separate_codes(model, codec, path: Path, targets: list[Path]) -> None:
         raise UserError(f"{path} holds codes, this separator works on waveforms: change --ckpt")
     file = read_codes(path)
     check_codes(file, path, codec)
-    codec.use_codebooks(len(file.codes))
+    codec.use_codebooks(len(file.codes))  # the answers are sent at the rate of what came
     if file.padding:
         codes = separate_whole_codes(model, codec, file.codes)
     else:
         stride = round(chunk_stride(file, codec) / codec.hop)
         codes = separate_chunks(model, codec, file.codes, file.chunk_length, stride)
+    codec.use_codebooks(codec.network.n_codebooks)
     for target, of_speaker in zip(targets, codes):
         write_codes(replace(file, codes=of_speaker), target)
 
@@ -214,7 +214,7 @@ def join(tail: np.ndarray, estimates: np.ndarray) -> np.ndarray:
 
 
 def channels_differ(source: Path, length: int, rate: int) -> bool:
-    """Whether a minute of a recording holds more than one channel's worth: by more than -40 dB."""
+    """Whether the channels of a recording's first minute differ from their mean, above -40 dB."""
     audio, _ = sf.read(source, frames=min(length, 60 * rate), dtype="float32", always_2d=True)
     mono = audio.mean(1, keepdims=True)
     return np.square(audio - mono).sum() > 1e-4 * np.square(audio).sum()
@@ -237,22 +237,21 @@ def readable(path: Path):
         raise DataError(f"{path} is no file: give recordings, or folders of them")
     try:
         sf.info(path)
+        known = True
+    except RuntimeError:
+        known = False
+    if known:
         yield path
         return
-    except RuntimeError:
-        pass
     with tempfile.TemporaryDirectory() as folder:
         converted = Path(folder) / "decoded.wav"
         options = "-vn -c:a pcm_f32le -rf64 auto".split()
         command = ["ffmpeg", "-nostdin", "-i", path.resolve(), *options, converted]
-        if (
-            shutil.which("ffmpeg") is None
-            or subprocess.run(command, capture_output=True).returncode
-        ):
+        found = shutil.which("ffmpeg") is not None
+        if not found or subprocess.run(command, capture_output=True).returncode:
             raise DataError(
-                f"can't read {path} as audio: wav, flac, ogg, opus, mp3 and aiff are read, and what "
-                f"ffmpeg decodes where it is installed; check or convert it: ffmpeg -i {path.name} "
-                f"converted.wav"
+                f"can't read {path} as audio: wav, flac, ogg, opus, mp3 and aiff are read, and "
+                f"what ffmpeg decodes where it is installed; check it, or convert it to wav"
             )
         yield converted
 
@@ -339,8 +338,6 @@ def main() -> None:
     model, codec, checkpoint = load_separator(locate(args.ckpt), choose_device(), args.codec)
     out = Path(args.out)
     targets = name_targets(recordings, out, model.config.n_speakers, args.overwrite)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
 
     rvq = (checkpoint["quantize_before"], checkpoint["quantize_after"])
     failed = 0

@@ -265,10 +265,15 @@ def on_frames(network: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     return network(x)[:, :, 0]
 
 
-def save_soundstream(network: SoundStream, path) -> None:
-    """Writes weights and shape in the layout of DAC's releases. Raises UserError."""
-    metadata = {"kwargs": asdict(network.config)}
-    save_tensors({"state_dict": network.state_dict(), "metadata": metadata}, path)
+def save_soundstream(network: SoundStream, path, half: bool = False) -> None:
+    """Writes weights, if asked in half precision, and shape in the layout of DAC's releases.
+
+    Raises UserError.
+    """
+    weights = network.state_dict()
+    if half:
+        weights = {name: tensor.half() for name, tensor in weights.items()}
+    save_tensors({"state_dict": weights, "metadata": {"kwargs": asdict(network.config)}}, path)
 
 
 def restore_soundstream(content: dict) -> SoundStream:

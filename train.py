@@ -14,9 +14,9 @@ A run's folder holds
 
 What is unusual:
 - Every mixture is a pure function of (seed, epoch, index), and an update's are the same however
-  many processes share them. So resuming needs no more than the number of updates made, and N
-  processes with a batch of B compute what one does with N * B, but for dropout, which every process
-  draws for itself.
+  many processes share them. So the data of a resumed run follow from the number of updates made,
+  and N processes with a batch of B compute what one does with N * B, but for dropout, which every
+  process draws for itself.
 - The codec is frozen, and stays outside DDP and mixed precision: only the separator learns.
 - A mixture that is separated better than --threshold weighs nothing, as in Sepformer's recipe, so
   that easy mixtures don't drown the others.
@@ -85,7 +85,8 @@ class Settings:
     quantize_after: bool = setting(False, "its estimates are quantised")
     model: str = setting("codecformer", "separator", choices=list(SEPARATORS))
     init: str | None = setting(None, "checkpoint whose separator to start from")
-    # loss; without the flag the one between latents, or for a separator on waveforms SI-SDR
+    # loss: csi_sdr is the paper's cSI-SDR, embedding the one between latents, and the default; for
+    # a separator on waveforms that is si_sdr
     loss: str | None = setting(None, "what is minimised", choices=list(LOSSES))
     loss_seconds: float = setting(0.0, "the loss sees a crop of so many; 0: all", number(0, 600))
     threshold: float = setting(-30.0, "dB; a mixture with a loss below it weighs nothing")
@@ -154,7 +155,7 @@ def train(given: dict, resume: bool) -> None:
     check_settings(settings, model, codec)
     start = checkpoint or (load_checkpoint(settings.init) if settings.init else None)
     if start:
-        model = start_from(start, model, codec).to(device)
+        model = start_from(start, settings.model, model, codec).to(device)
     if settings.compile:
         model.compile()  # in place: the weights keep their names
     ddp = DistributedDataParallel(model) if world > 1 else model
@@ -209,9 +210,9 @@ def train(given: dict, resume: bool) -> None:
     # An update takes world * accumulate batches. Which mixtures they hold follows from (seed,
     # epoch, update) alone.
     shape = (settings.accumulate, world, settings.batch_size)
-    batches = Batches(len(mixtures), settings.epoch_size, settings.seed, shape, rank)
-    batches.first = done
-    batches.end = settings.epochs * batches.updates
+    batches = Batches(
+        len(mixtures), settings.epoch_size, settings.epochs, settings.seed, shape, rank, done
+    )
     updates = batches.updates  # an epoch's
     end = min(batches.end, settings.max_steps or math.inf)
     if resume and batches.per_update != training["per_update"]:
@@ -285,7 +286,8 @@ def train(given: dict, resume: bool) -> None:
             torch.manual_seed(seed_of_update(settings.seed, done, rank))  # dropout's
             loss_of_update = 0.0
             for micro in range(settings.accumulate):
-                # Gradients are averaged over the processes in the last backward pass alone.
+                # Gradients are averaged over the processes in the last backward pass alone. (One
+                # process has no DDP, and doesn't look at this.)
                 ddp.require_backward_grad_sync = micro == settings.accumulate - 1
                 batch = next(loader)
                 report_broken(batch["broken"], told)
@@ -300,6 +302,8 @@ def train(given: dict, resume: bool) -> None:
                     settings.loss_seconds,
                 )  # [B], dB
                 weight = ~(loss <= settings.threshold)  # not a number weighs, to be seen below
+                # Over all mixtures, also those without weight: so it is the same however many
+                # processes share them.
                 mean = torch.where(weight, loss, 0.0).mean() / settings.accumulate
                 scaler.scale(mean).backward()
                 loss_of_update += loss.detach().mean() / settings.accumulate
@@ -330,21 +334,21 @@ def train(given: dict, resume: bool) -> None:
                 save_tensors(state(), out / "last.pt")
 
         rvq = (settings.quantize_before, settings.quantize_after)
-        gain = validate(model, codec, valid_mixtures, rvq, rank, world, told)  # dB
+        si_sdr_i = validate(model, codec, valid_mixtures, rvq, rank, world, told)  # dB
         if settings.schedule == "plateau" and epoch + 1 >= settings.plateau_start:
             if done % updates == 0:
-                plateau.step(gain)
+                plateau.step(si_sdr_i)
         if rank == 0:
             rate = optimizer.param_groups[0]["lr"]
             seconds = time.monotonic() - began
             speed = (done - first) * batches.per_update / seconds
             total = round(seconds_before + seconds)
             mean = np.mean(losses)
-            add_row(out / "log.csv", epoch + 1, done, mean, gain, rate, skipped, total, speed)
-            tqdm.write(f"epoch {epoch + 1}: loss {mean:.2f}, validation SI-SDRi {gain:.2f} dB")
+            add_row(out / "log.csv", epoch + 1, done, mean, si_sdr_i, rate, skipped, total, speed)
+            tqdm.write(f"epoch {epoch + 1}: loss {mean:.2f}, validation SI-SDRi {si_sdr_i:.2f} dB")
         losses = []
-        if gain > best:
-            best = gain
+        if si_sdr_i > best:
+            best = si_sdr_i
             if rank == 0:
                 save_best(state(), out / "best.pt")
         if rank == 0:
@@ -379,7 +383,7 @@ def mixture_losses(
     predict: the separator, on latents or on waveforms. crop_seconds: of the crop that the loss
     sees; 0: all.
     """
-    loss, between_latents = LOSSES[loss_name]
+    loss, between_latents = LOSSES[loss_name]  # makes [B, S, S], in dB
     mixture = batch["mixture"].to(codec.device, non_blocking=True)  # [B, T]
     sources = batch["sources"].to(codec.device, non_blocking=True)  # [B, S, T]
     gain = codec.gain(mixture)  # [B, 1]
@@ -404,7 +408,7 @@ def mixture_losses(
 def crop(codec, latents, sources, position, frames: int):
     """The same `frames` of latents [B, S, D, F] and of sources [B, S, T].
 
-    position: [B], from 0 to 1, where they begin. Decoding is most of a step with the losses on
+    position: [B], in [0, 1), where they begin. Decoding is most of a step with the losses on
     waveforms, and a part of a segment tells how good its latents are.
     """
     samples = codec.samples_per_frame
@@ -452,13 +456,22 @@ def cosine_rate(peak: float, done: int, end: int, warmup: int) -> float:
 
 
 class Batches:
-    """The keys (epoch, index) of this process's batches, from update `first` to update `end`.
+    """The keys (epoch, index) of this process's batches, from update `first` to the run's end.
 
     n: mixtures in the dataset, of which an epoch takes `size`. shape: of an update's mixtures,
     (accumulate, processes, batch_size). Raises UserError if an epoch makes no update.
     """
 
-    def __init__(self, n: int, size: int | None, seed: int, shape: tuple, rank: int):
+    def __init__(
+        self,
+        n: int,
+        size: int | None,
+        epochs: int,
+        seed: int,
+        shape: tuple[int, int, int],
+        rank: int,
+        first: int = 0,
+    ):
         self.n = n
         self.seed = seed
         self.shape = shape
@@ -468,8 +481,8 @@ class Batches:
         self.updates = size // self.per_update  # an epoch's
         if self.updates < 1:
             raise UserError(f"{size} mixtures an epoch make no update: lower --batch_size")
-        self.first = 0
-        self.end = self.updates
+        self.first = first
+        self.end = epochs * self.updates
 
     def __iter__(self):
         for update in range(self.first, self.end):
@@ -502,9 +515,14 @@ def seed_of_update(seed: int, done: int, rank: int) -> int:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """For data workers: Ctrl-C reaches them too, and they would answer with tracebacks."""
+    """For data workers: Ctrl-C reaches them too, and they would answer with tracebacks.
+
+    SIGTERM, by which they are ended, must end them at once.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Where the parent ends in the midst of taking a batch, a thread that hands it over says so.
+    sys.excepthook = lambda *error: None
 
 
 def report_broken(lines: list[str], told: set) -> None:
@@ -607,7 +625,7 @@ def read_flags(words: list[str]) -> tuple[dict, bool]:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     given = vars(parser.parse_args(words))
     given.pop("resume")
-    if len(given.get("snr", [0, 0])) != 2:
+    if "snr" in given and len(given["snr"]) != 2:
         parser.error("--snr takes two numbers, low and high")
     return {**sizes, **given}, resume
 
@@ -634,8 +652,11 @@ def resumed(saved: dict, given: dict) -> dict:
     return {**saved, **given}
 
 
-def start_from(checkpoint: dict, model, codec):
+def start_from(checkpoint: dict, name: str, model, codec: Codec):
     """The trained separator of a checkpoint, if it is one like `model`. Raises UserError."""
+    check_codec(checkpoint, "the checkpoint", codec)
+    if checkpoint["separator"] != name:
+        raise UserError(f"the checkpoint's --model is {checkpoint['separator']}, not {name}")
     config = asdict(model.config)
     trained = checkpoint["config"]
     differ = [name for name, value in config.items() if trained.get(name) != value]
@@ -643,7 +664,6 @@ def start_from(checkpoint: dict, model, codec):
         name = differ[0]
         value = trained.get(name)
         raise UserError(f"the checkpoint's --{name} is {value}, not {config[name]}: give it so")
-    check_codec(checkpoint, "the checkpoint", codec)
     return restore_model(checkpoint, "the checkpoint", for_inference=False)
 
 
