@@ -1,10 +1,15 @@
-"""The project's claims, one test each, against closed forms, other libraries and published constants.
+"""The project's promises, against closed forms, other libraries and published numbers.
 
-    python -m pytest -q test_all.py        a minute and a half on 2 CPU cores; with SLOW=1 the slow ones too
+    python -m pytest -q test_all.py        with SLOW=1 in front, the slow ones too
+
+In the order of the reading path. A test skips what this machine lacks: SLOW=1, the original of Lyra
+(ai-edge-litert and ../shared/lyra), encodec.
 """
 
-import contextlib
+import ast
 import csv
+import importlib.util
+import io
 import itertools
 import json
 import math
@@ -12,7 +17,7 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -25,56 +30,85 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from graphlib import TopologicalSorter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
+import scipy.signal
 import soundfile as sf
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
-from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
-import checkpoint
 import dac_wrapper
 import data
 import evaluate
+import lyra
+import program
 import separate as separate_program
-import soundstream
 import train
-from checkpoint import (
-    SEPARATORS, SettingsError, build_model, load_checkpoint, load_separator, parse_args, restore_model,
-)  # fmt: skip
+from checkpoint import SEPARATORS, build_model, load_separator
 from codecformer import (
-    ACTIVATIONS, Codecformer, CodecformerConfig, SeparatorConfig, Snake, estimate_latents, separate,
+    Codecformer,
+    CodecformerConfig,
+    SeparatorConfig,
+    estimate_latents,
+    log_power,
+    separate,
     sinusoidal_positions,
-)  # fmt: skip
-from dac_wrapper import ASSETS, CODECS, Codec, CodecError, import_dac, load_file, measure_lag
+)
+from dac_file import CodeFile, read_codes, write_codes
+from dac_wrapper import CODECS, DAC, Codec, import_dac, load_file, measure_lag
 from data import (
-    DATASETS, DataError, FixedMixtures, FixedSegments, SpeakerMixtures, open_mixtures, read_audio,
+    DataError,
+    FixedMixtures,
+    Recordings,
+    Replaced,
+    SpeakerMixtures,
+    list_speakers,
+    open_mixtures,
+    read_audio,
     resample,
-)  # fmt: skip
-from losses import LOSSES, crop, keep_hard, pairwise_negative_si_sdr, pit, si_sdr
-from recipes import claims, cost, debian_speech, gpu, librispeech, report, train_codec, transform_codec, wsj0_mix
-from recipes.latents import write_latents
+)
+from evaluate import score
+from losses import LOSSES, pairwise_negative_si_sdr, pit, si_sdr
+from program import ASSETS, UserError
+from recipes import codes as codes_recipe
+from recipes import librispeech
+from recipes.debian_speech import MORE_VOICES, VALID_VOICES, VOICES
 from recipes.mix import write_fixed_set
-from recipes.sepformer import Sepformer, SepformerConfig
-from recipes.wsj0_mix import active_speech_level
-from soundstream import SoundStream, SoundStreamConfig, load_lyra, save_soundstream
+from recipes.wsj0_mix import active_speech_level, make_speaker_folders, make_wsj0_mix
+from sepformer import Sepformer, SepformerConfig
+from soundstream import Conv, Depthwise, SoundStream, SoundStreamConfig
+from train import MARGIN, crop, mixture_losses
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 SPEECH = ASSETS / "speech" / "train"
+LYRA = Path(__file__).resolve().parent.parent / "shared" / "lyra"
 TINY = dict(d_model=16, n_layers=1, n_heads=2, d_ffn=32, dropout=0.0)
+SMALL_SOUNDSTREAM = SoundStreamConfig(
+    sample_rate=8000,
+    kernel=32,
+    stride=8,
+    widths=(8, 16, 16, 32),
+    latent_dim=12,
+    n_codebooks=3,
+    codebook_size=32,
+)
+WITH_CODER = replace(SMALL_SOUNDSTREAM, code_dim=4, coder_rounds=1)
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes long: SLOW=1 runs it")
 torch.set_num_threads(1)  # the models here are too small for more
 
@@ -84,14 +118,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def curves(monkeypatch):
-    """Pictures take most of a short run's time; a test that looks at one gives this back to train.py."""
-    draw = train.draw
-    monkeypatch.setattr(train, "draw", lambda *_: None)
-    return draw
-
-
 @pytest.fixture(scope="session")
 def codec():
     return Codec.load("transform")
@@ -99,1150 +125,875 @@ def codec():
 
 @pytest.fixture(scope="session")
 def speech():
-    """Two seconds each of two bundled voices [2, 16000]."""
-    return torch.stack([torch.from_numpy(read_audio(SPEECH / v / "01.ogg", 8000, 16000)[0]) for v in ("carlo", "june")])
+    """Two seconds each of two bundled voices, [2, 16000] at 8 kHz."""
+    voices = [read_audio(SPEECH / name / "01.ogg", 8000, 16000)[0] for name in ("carlo", "june")]
+    return torch.from_numpy(np.stack(voices))
 
 
 @pytest.fixture(scope="session")
-def official_file(tmp_path_factory):
-    """A weights file as the dac package writes it: the 16 kHz model's strides, random weights, few channels."""
+def official(tmp_path_factory):
+    """A DAC of random weights and the 16 kHz model's strides, but few channels, and its file."""
     torch.manual_seed(1)
+    model = import_dac().DAC(
+        encoder_dim=4,
+        encoder_rates=[2, 4, 5, 8],
+        latent_dim=24,
+        decoder_dim=32,
+        decoder_rates=[8, 5, 4, 2],
+        n_codebooks=3,
+        codebook_size=32,
+        codebook_dim=4,
+        sample_rate=16000,
+    )
+    path = tmp_path_factory.mktemp("official") / "weights.pth"
+    model.save(str(path), package=False)
+    return model.eval(), path
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """What would be fetched comes from ../shared/lyra, or the test is skipped. A list of it."""
+    asked = []
+
+    def fetch(url, path):
+        asked.append(url)
+        if not (LYRA / path.name).exists():
+            pytest.skip(f"{path.name} is not on this machine")
+        path.parent.mkdir(exist_ok=True)
+        shutil.copyfile(LYRA / path.name, path)
+
+    monkeypatch.setattr(lyra, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(lyra, "download", fetch)
+    monkeypatch.setattr(dac_wrapper, "download", fetch)
+    return asked
+
+
+@contextmanager
+def refused(message):
+    """Context: what is done in it is refused in one line that matches `message`."""
+    with pytest.raises(UserError, match=message) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+
+
+def quietly(make, *args):
+    """A codec of random weights, which has no lag to measure and says so."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = import_dac().DAC(
-            encoder_dim=4, encoder_rates=[2, 4, 5, 8], latent_dim=24, decoder_dim=32, decoder_rates=[8, 5, 4, 2],
-            n_codebooks=3, codebook_size=32, codebook_dim=4, sample_rate=16000,
-        )  # fmt: skip
-    path = tmp_path_factory.mktemp("codec") / "weights.pth"
-    model.save(str(path), package=False)
-    return path, model.eval()
+        return make(*args)
 
 
-class Constant(nn.Module):
-    def __init__(self, value):
-        super().__init__()
-        self.value = value
-
-    def forward(self, x):
-        return torch.full_like(x, self.value)
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
 
-def load_quietly(*args, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a random codec has no lag to measure and says so
-        return Codec.load(*args, **kwargs)
-
-
-# The separator --------------------------------------------------------------------------------------------------------
-
-
-def on_meta(model, *args):
-    with torch.device("meta"):  # where weights have shapes and no values
-        return model(*args)
-
-
-def gmac_per_second(model, seconds, *shape):
-    """On the meta device, where nothing is computed; the plain attention kernel is the one that is counted whole."""
+def count_gmacs(model, *shape):
+    """Of a forward pass. Attention products are counted, as the plain kernel does them."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        # On the meta device tensors have shapes and no values, and nothing is computed.
         model.to("meta").eval()(torch.empty(*shape, device="meta"))
-    return counter.get_total_flops() / 2e9 / seconds
+    return counter.get_total_flops() / 2e9
 
 
-def test_codecformer_has_the_published_size_and_cost():
-    assert sum(p.numel() for p in on_meta(Codecformer).parameters()) == 17_361_408
-    for seconds, published in ((1, 0.99), (4, 1.05), (8, 1.13)):
-        cost = gmac_per_second(on_meta(Codecformer), seconds, 1, 1024, 50 * seconds)
-        assert cost == pytest.approx(published, abs=0.005)
+def every_parameter_learns(model, output):
+    output.square().sum().backward()
+    return all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_fused_for_inference_the_separator_computes_the_same_with_fewer_macs():
-    model = Codecformer(CodecformerConfig(latent_dim=24, n_speakers=3, context=3, **TINY)).eval()
-    latents = torch.randn(2, 24, 30)
-    before = model(latents), gmac_per_second(on_meta(Codecformer), 4, 1, 1024, 200)
-    assert torch.allclose(model.fuse()(latents), before[0], atol=1e-5)
-    # Per frame, two products [256] -> [1024] -> [2048] become one, [256] -> [2048].
-    saved = 50 * (256 * 1024 + 1024 * 2048 - 256 * 2048) / 1e9
-    assert gmac_per_second(on_meta(Codecformer).fuse(), 4, 1, 1024, 200) == pytest.approx(before[1] - saved, abs=1e-4)
+# The separators -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", [1, 5])
-def test_linear_layers_compute_what_the_authors_convolutions_do(context):
-    """And weights saved from convolutions, which have one dimension more, are read."""
-    config = dict(latent_dim=12, context=context, **TINY)
-    model, x = Codecformer(CodecformerConfig(**config)).eval(), torch.randn(2, 12, 9)
+@pytest.mark.parametrize(
+    "separator, n_parameters, shape_of_a_second, gmacs",
+    [
+        (Codecformer, 17_361_408, (1, 1024, 50), {1: 0.99, 4: 1.05, 8: 1.13}),
+        (Sepformer, 25_679_361, (1, 8000), {1: 69.0, 4: 59.2, 8: 58.0}),
+    ],
+)
+def test_separators_have_the_published_sizes_and_costs(
+    separator, n_parameters, shape_of_a_second, gmacs
+):
+    with torch.device("meta"):
+        model = separator()
+    assert count_parameters(model) == n_parameters
+    *others, length = shape_of_a_second
+    for seconds, published in gmacs.items():
+        counted = count_gmacs(model, *others, seconds * length)
+        assert counted / seconds == pytest.approx(published, rel=0.005)
+
+
+@pytest.mark.parametrize("features, context", [("latents", 1), ("log_power", 3), ("both", 5)])
+def test_linear_layers_compute_what_the_authors_convolutions_do(features, context):
+    model = Codecformer(
+        CodecformerConfig(latent_dim=12, features=features, context=context, **TINY)
+    )
     nn.init.normal_(model.mask_activation.alpha)
-    with torch.no_grad():
-        y = F.conv1d(x, model.bottleneck.weight.view(16, 12, context), padding=context // 2).transpose(1, 2)
-        y = model.norm(model.layers[0](y + sinusoidal_positions(9, 16))).transpose(1, 2)
-        y = F.conv1d(F.conv1d(y, model.expand.weight[..., None]), model.split.weight[..., None]).view(4, 12, 9)
-        value, gate = (F.conv1d(y, g[0].weight[..., None], g[0].bias) for g in (model.gate_value, model.gate))
-        value = value + torch.sin(value) ** 2
-        alpha = model.mask_activation.alpha[:, None]
-        y = value * torch.sigmoid(gate)
-        expected = (y + torch.sin(alpha * y) ** 2 / alpha).view(2, 2, 12, 9)
-    assert torch.allclose(model(x), expected, atol=1e-5)
-    as_convolutions = {name: p[..., None] if p.ndim == 2 else p for name, p in model.state_dict().items()}
-    as_convolutions["bottleneck.weight"] = model.bottleneck.weight.view(16, 12, context)
-    as_convolutions["mask_activation.alpha"] = model.mask_activation.alpha.view(1, 12, 1)
-    saved = {"separator": "codecformer", "config": config, "model": as_convolutions}
-    assert torch.allclose(restore_model(saved, "old.pt")(x), expected, atol=1e-5)
+    latents = torch.randn(2, 12, 9)
+    power = torch.log10(latents**2 + 1e-3) + 1
+    seen = {"latents": latents, "log_power": power, "both": torch.cat([latents, power], 1)}
+    kernel = model.bottleneck.weight.view(16, -1, context)
+    x = F.conv1d(seen[features], kernel, padding=context // 2).transpose(1, 2)
+    x = model.norm(model.layers[0](x + sinusoidal_positions(9, 16))).transpose(1, 2)
+    x = F.conv1d(x, model.expand.weight[..., None])
+    x = F.conv1d(x, model.split.weight[..., None]).view(4, 12, 9)
+    value = F.conv1d(x, model.gate_value[0].weight[..., None], model.gate_value[0].bias)
+    gate = F.conv1d(x, model.gate[0].weight[..., None], model.gate[0].bias)
+    x = (value + torch.sin(value) ** 2) * torch.sigmoid(gate)
+    alpha = model.mask_activation.alpha[:, None]
+    masks = (x + torch.sin(alpha * x) ** 2 / alpha).view(2, 2, 12, 9)
+    assert torch.allclose(model(latents), masks, atol=1e-5)
+    # `fuse` makes one product of two, for inference.
+    n_weights = count_parameters(model)
+    assert torch.allclose(model.fuse()(latents), masks, atol=1e-5)
+    assert count_parameters(model) == n_weights - (16 * 12 + 12 * 24 + 24) + 16 * 24
 
 
-def test_sepformer_has_the_published_size_and_cost():
-    assert sum(p.numel() for p in on_meta(Sepformer).parameters()) == 25_679_361
-    for seconds, published in ((1, 69.0), (4, 59.2), (8, 58.0)):
-        assert gmac_per_second(on_meta(Sepformer), seconds, 1, 8000 * seconds) == pytest.approx(published, rel=0.001)
+def test_sepformer_computes_what_speechbrains_modules_do():
+    model = Sepformer(SepformerConfig(d_model=32, n_layers=2, n_heads=4, d_ffn=48, chunk=50)).eval()
+    for k, parameter in enumerate(model.parameters()):
+        number = torch.arange(parameter.numel(), dtype=torch.float64)
+        parameter.data = 0.2 * torch.sin(1.7 * number + k).float().view_as(parameter)
+    mixture = torch.sin(0.05 * torch.arange(1232, dtype=torch.float64) ** 1.3).float()[None]
+    one, other = model(mixture)[0, :, [0, 100, 617, 1200]].tolist()
+    # Printed by the Encoder, Dual_Path_Model and Decoder of SpeechBrain 1.1.2 with these weights.
+    assert one == pytest.approx([0.0052855, 0.0274255, 0.0340922, -0.0096171], abs=1e-6)
+    assert other == pytest.approx([-0.0052820, 0.0026972, -0.0005737, -0.0027396], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "activation, n_speakers", [("snake", 2), ("relu", 3), ("tanh", 4), ("gelu", 5)]
+)
+def test_codecformer_masks_any_length_and_every_parameter_learns(activation, n_speakers):
+    sizes = dict(latent_dim=12, n_speakers=n_speakers, activation=activation, **TINY)
+    model = Codecformer(CodecformerConfig(**sizes))
+    for frames in (2501, 7):  # the authors' positions end at 2,500
+        masks = model(torch.randn(2, 12, frames))
+        assert masks.shape == (2, n_speakers, 12, frames)
+    assert every_parameter_learns(model, masks)
 
 
 def test_sepformer_takes_any_length_and_level_and_every_parameter_learns():
     model = Sepformer(SepformerConfig(n_speakers=3, chunk=6, **TINY))
     for length in (*range(1, 33), 399, 2001):
         assert model(torch.randn(2, length)).shape == (2, 3, length)
-    model(torch.randn(2, 400)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert every_parameter_learns(model, model(torch.randn(2, 400)))
     mixture = torch.randn(1, 800)
     assert torch.allclose(model(100 * mixture), 100 * model(mixture), rtol=1e-3, atol=1e-3)
-
-
-def test_sepformer_computes_what_speechbrains_modules_do():
-    model = Sepformer(SepformerConfig(d_model=32, n_layers=2, n_heads=4, d_ffn=48, chunk=50)).eval()
-    for k, p in enumerate(model.parameters()):
-        p.data = 0.2 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 1.7 + k).float().view_as(p)
-    mixture = torch.sin(torch.arange(1232, dtype=torch.float64) ** 1.3 * 0.05).float()[None]
-    # Printed by the Encoder, Dual_Path_Model and Decoder of SpeechBrain 1.1.2 with these weights, at four samples.
-    expected = [[0.0052855, 0.0274255, 0.0340922, -0.0096171], [-0.0052820, 0.0026972, -0.0005737, -0.0027396]]
-    assert torch.allclose(model(mixture)[0, :, [0, 100, 617, 1200]], torch.tensor(expected), atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 50])
 def test_every_frame_lies_in_two_of_sepformers_chunks(length):
     """With nothing between cutting and joining, overlap-add returns twice the input."""
     model = Sepformer(SepformerConfig(chunk=6, **TINY)).eval()
-    model.bottleneck = model.blocks = model.norm = model.expand = model.gate_value = nn.Identity()
+    for layer in ("bottleneck", "blocks", "norm", "expand", "gate_value"):
+        setattr(model, layer, nn.Identity())
+    model.gate = nn.Threshold(threshold=1e9, value=1.0)  # ones
     model.split = nn.Conv2d(16, 32, 1, bias=False)
     model.split.weight.data = torch.eye(16).repeat(2, 1)[:, :, None, None]
-    model.gate = Constant(1.0)
     x = torch.rand(3, 16, length)
-    assert torch.allclose(model._mask(x), 2 * x[:, None].expand(-1, 2, -1, -1))
+    assert torch.allclose(model.predict_masks(x), 2 * x[:, None].expand(-1, 2, -1, -1))
 
 
-def settings_of(*flags):
-    return parse_args([*map(str, flags)])[0]
-
-
-def tiny_model(name, codec, **changes):
-    return build_model({**vars(settings_of(f"@config/{name}.txt")), **TINY, **changes}, codec.latent_dim)
+def test_a_separator_that_cannot_be_built_is_refused():
+    for config, name, value in (
+        (CodecformerConfig, "n_heads", 3),
+        (CodecformerConfig, "n_speakers", 1),
+        (CodecformerConfig, "activation", "swish"),
+        (CodecformerConfig, "features", "phase"),
+        (SepformerConfig, "dropout", 1.0),
+        (SepformerConfig, "kernel", 15),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.* .*{value}"):
+            config(**{name: value})
 
 
 def test_gradients_reach_the_separator_and_not_the_codec(codec, speech):
     batch = {"mixture": speech.sum(0)[None, :4000], "sources": speech[None, :, :4000]}
-    for config, loss, rvq in (("bundled", "csi_sdr", (True, True)), ("sepformer_wsj0_2mix", "si_sdr", (False, False))):
-        model = tiny_model(config, codec)
-        train.mixture_losses(model, model.on_latents, codec, batch, loss, rvq).mean().backward()
-        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-    assert all(p.grad is None and not p.requires_grad for p in codec.network.parameters())
+    on_latents = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY))
+    on_waveforms = Sepformer(SepformerConfig(chunk=50, **TINY))
+    for model, options in ((on_latents, ("csi_sdr", True, True)), (on_waveforms, ("si_sdr",))):
+        losses = mixture_losses(model, model.on_latents, codec, batch, *options)
+        assert every_parameter_learns(model, losses)
+    assert not any(p.requires_grad for p in codec.network.parameters())
 
 
-def test_each_situation_and_switch_is_what_it_says(codec, speech):
-    """The three places of a separator in a call, against the same chain of codec calls written out."""
-    mixture = speech.sum(0)[None, :8000]
-    gain = codec.gain(mixture)
-    latents = codec.encode(mixture * gain)
-    model = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
-
-    def decoded(z, after):
-        z = model(z) * z[:, None]
-        return codec.decode(codec.quantize(z) if after else z, 8000) / gain[:, None]
-
-    waves = Sepformer(SepformerConfig(**TINY)).eval()
-    again = lambda wav, quantize: codec.transmit(wav, quantize)  # noqa: E731
-    with torch.no_grad():
-        for before, after in itertools.product((False, True), repeat=2):
-            sent = codec.quantize(latents) if before else latents
-            received = codec.decode(sent, 8000) / gain
-            at_level = received * codec.gain(received)
-            once_more = codec.encode(at_level)
-            expected = {
-                (model, "clean"): decoded(sent, after),
-                (model, "latents"): decoded(sent, after),
-                (model, "transmitted"): decoded(once_more, after) * gain[:, None] / codec.gain(received)[:, None],
-                (waves, "clean"): again(waves(mixture), True) if after else waves(mixture),
-                (waves, "transmitted"): again(waves(received), True) if after else waves(received),
-                (waves, "latents"): again(waves(received), after),
-            }
-            for (separator, situation), wav in expected.items():
-                result = separate(separator, codec, mixture, before, after, situation)
-                assert torch.allclose(result, wav, atol=1e-4), (type(separator), situation, before, after)
-        # And each switch changes something where it should.
-        for separator in (model, waves):
-            results = [
-                separate(separator, codec, mixture, *switches, "latents")
-                for switches in itertools.product((False, True), repeat=2)
-            ]
-            for a, b in itertools.combinations(results, 2):
-                assert not torch.allclose(a, b, atol=1e-3)
-        assert torch.equal(
-            estimate_latents(model, codec, latents, False, True),
-            codec.quantize(estimate_latents(model, codec, latents)),
-        )
+# The codec is exact in time, length and level -----------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("n_speakers", [2, 3, 5])
-def test_masks_have_the_documented_shape_and_a_gradient_everywhere(activation, n_speakers):
-    model = Codecformer(CodecformerConfig(latent_dim=12, n_speakers=n_speakers, activation=activation, **TINY))
-    masks = model(torch.randn(3, 12, 7))
-    assert masks.shape == (3, n_speakers, 12, 7)
-    masks.square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-
-
-def test_length_is_not_bounded_by_the_authors_2500_frames():
-    model = Codecformer(CodecformerConfig(latent_dim=8, **TINY)).eval()
-    assert model(torch.randn(1, 8, 3001)).isfinite().all()
-
-
-def test_snake_is_x_plus_squared_sine_over_alpha():
-    snake, x = Snake(2), torch.tensor([[[0.3, -2.0], [1.5, 0.0]]])
-    snake.alpha.data = torch.tensor([0.5, 3.0])
-    expected = [[x_ + math.sin(a * x_) ** 2 / a for a, x_ in zip((0.5, 3.0), row)] for row in x[0].tolist()]
-    assert torch.allclose(snake(x)[0], torch.tensor(expected), atol=1e-6)
-
-
-def test_positions_are_those_of_attention_is_all_you_need():
-    table = sinusoidal_positions(5000, 64)
-    assert table[4321, 10].item() == pytest.approx(math.sin(4321 / 10000 ** (10 / 64)), abs=1e-3)
-    assert table[4321, 11].item() == pytest.approx(math.cos(4321 / 10000 ** (10 / 64)), abs=1e-3)
-
-
-@pytest.mark.parametrize("wrong", [dict(n_heads=3), dict(n_speakers=1), dict(dropout=1.0), dict(n_layers=0)])
-def test_a_config_that_cannot_be_built_is_refused(wrong):
-    for config in (CodecformerConfig, SepformerConfig):
-        with pytest.raises(ValueError, match=next(iter(wrong)) + " "):
-            config(**wrong)
-
-
-def test_a_config_that_one_separator_cannot_be_built_by_is_refused():
-    for config, wrong, message in (
-        (CodecformerConfig, dict(activation="swish"), "unknown activation"),
-        (SepformerConfig, dict(kernel=15), "kernel 15 must be even"),
-        (SepformerConfig, dict(chunk=0), "chunk is 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            config(**wrong)
-
-
-# The codec is exact in time, length and level -------------------------------------------------------------------------
-
-
-def test_every_length_from_one_sample_to_two_hops_comes_back(codec, official_file):
-    other = load_quietly(str(official_file[0]), sample_rate=8000)  # resamples 8 -> 16 -> 8 kHz
-    for c in (codec, other):
-        for length in range(1, 2 * c.hop * c.sample_rate // c.codec_rate + 1, 1 if c is codec else 7):
-            wav = torch.randn(1, length)
-            latents = c.encode(wav)
+def test_every_length_from_one_sample_to_two_hops_comes_back(codec, official):
+    resampling = quietly(Codec, DAC(official[0]), 8000)  # from 8 to 16 kHz and back
+    for c, step in ((codec, 1), (resampling, 7)):
+        for length in range(1, 321, step):
+            latents = c.encode(torch.randn(1, length))
             assert c.decode(latents, length).shape == (1, length)
-            assert latents.shape[-1] >= length * c.frame_rate / c.sample_rate
+            assert latents.shape[-1] >= length / 160
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100])
 def test_any_data_rate_is_resampled_to_the_codec_and_back_in_time(codec, speech, rate):
-    wav = torch.from_numpy(np.stack([resample(s.numpy(), 8000, rate) for s in speech]))
-    c = Codec(codec.network, rate)
-    gain = c.gain(wav)
-    out = c.decode(c.encode(wav * gain), wav.shape[-1]) / gain
-    assert measure_lag(wav[0], out[0], 50)[0] == 0
-    assert si_sdr(out, wav).min() > 15
+    wav = torch.from_numpy(resample(speech[0].numpy(), 8000, rate))[None]
+    sent = Codec(codec.network, rate).transmit(wav, quantize=False)
+    assert measure_lag(wav[0], sent[0], 50)[0] == 0
+    assert si_sdr(sent, wav) > 15
 
 
-def test_the_transform_has_no_lag_is_transparent_and_has_the_documented_facts(codec, speech):
-    assert codec.lag == 0
-    assert (codec.sample_rate, codec.frame_rate, codec.latent_dim, codec.bitrate) == (8000, 50.0, 320, 6000.0)
-    gain = codec.gain(speech)
+def test_the_transform_is_exact_and_more_codebooks_transmit_better(codec, speech):
+    facts = (codec.lag, codec.sample_rate, codec.frame_rate, codec.latent_dim, codec.bitrate)
+    assert facts == (0, 8000, 50.0, 320, 6000.0)
     # Exact but for the ends, where a window has no neighbour to overlap with.
-    decoded = codec.decode(codec.encode(speech * gain), 16000) / gain
-    assert si_sdr(decoded[:, 160:-160], speech[:, 160:-160]).min() > 90
-    # Latents are the inner products with windowed cosines and sines: one bin's cosine comes out in its latent alone.
-    time = torch.arange(320) + 0.5
-    tone = torch.cos(math.pi / 160 * (time + 80) * 20.5) * torch.sin(math.pi * time / 320)
-    latents = codec.encode(F.pad(tone, (880, 800))[None])[0]
-    assert latents.abs().max(1).values.argmax() == 20 and latents[20].argmax() == 6
+    sent = codec.transmit(speech, quantize=False)
+    assert si_sdr(sent[:, 160:-160], speech[:, 160:-160]).min() > 90
+    quality = []
+    for n in (1, 4, 12):
+        codec.use_codebooks(n)
+        quality.append(si_sdr(codec.transmit(speech), speech).mean())
+    assert quality[0] < quality[1] < quality[2]
 
 
 def test_the_bundled_codec_is_small_and_codes_strangers_better_than_the_transform(codec):
-    """Issue 12's bars: size, rate, MACs; PESQ and STOI at 6 kbit/s; and the ceiling that it sets separation."""
-    learned = Codec.load("bundled")
-    network = learned.network
-    assert (learned.sample_rate, learned.frame_rate, learned.lag) == (8000, 50, 0) and learned.bitrate <= 6000
-    assert sum(p.numel() for p in network.parameters()) <= 5e6
-    macs = cost.count_macs(network.encoder, 1, 1, 8000) + cost.count_macs(network.decoder, 1, network.latent_dim, 50)
-    assert macs <= 0.6
-    mixtures = FixedMixtures(ASSETS / "test_mixtures", 8000)
-    wav = torch.from_numpy(np.stack([mixtures[index]["sources"][0] for index in range(0, 48, 6)]))
-    scores = {}
-    for name, c, quantize in (("learned", learned, True), ("transform", codec, True), ("ceiling", learned, False)):
-        decoded = c.transmit(wav, quantize)
-        for metric in ("si_sdr", "pesq", "stoi"):
-            values = [evaluate.score(metric, d.numpy(), w.numpy(), 8000) for d, w in zip(decoded, wav)]
-            scores[name, metric] = np.mean(values)
-    assert scores["learned", "pesq"] > scores["transform", "pesq"] + 0.2
-    assert scores["learned", "stoi"] > scores["transform", "stoi"] + 0.1
-    assert scores["ceiling", "si_sdr"] > 12
+    bundled = Codec.load("bundled")
+    assert (bundled.sample_rate, bundled.lag) == (8000, 0)
+    assert bundled.bitrate <= codec.bitrate
+    assert count_parameters(bundled.network) <= 5e6
+    mixtures = FixedMixtures(ASSETS / "test_mixtures", 8000, size=6)
+    voices = [item["sources"][0] for item in mixtures]
+
+    def mean_score(metric, codec):
+        sent = codec.transmit(torch.from_numpy(np.stack(voices))).numpy()
+        return np.mean([score(metric, *pair, 8000) for pair in zip(sent, voices)])
+
+    assert mean_score("pesq", bundled) > mean_score("pesq", codec) + 0.2
+    assert mean_score("stoi", bundled) > mean_score("stoi", codec) + 0.1
 
 
-def delayed(planted):
-    """The transform with a decoder whose output comes `planted` samples late, as trained weights can make it."""
+def late_transform(planted):
+    """The transform with a decoder whose output comes late, as trained weights can make it."""
     network, _ = CODECS["transform"]()
 
-    class Late(nn.Module):
-        def __init__(self, decoder):
-            super().__init__()
-            self.decoder = decoder
+    def delay(decoder, latents, wav):
+        return F.pad(wav, (planted, 0))[..., : wav.shape[-1]]
 
-        def forward(self, latents):
-            wav = self.decoder(latents)
-            return F.pad(wav, (planted, 0))[..., : wav.shape[-1]]
-
-    network.decoder = Late(network.decoder)
-    return network
+    network.decoder.register_forward_hook(delay)
+    return Codec(network, 8000)
 
 
-@pytest.mark.parametrize("planted", [-31, -8, 1, 8, 57, 200])
-def test_a_planted_lag_is_measured_and_removed(codec, speech, planted):
-    late = Codec(delayed(planted), 8000)
-    assert late.lag == planted
-    there_and_back = late.decode(late.encode(speech), 16000)
-    straight = codec.decode(codec.encode(speech), 16000)
-    # An early codec has lost its first samples for good, a late one sees more frames at the end; all else is equal.
-    lost = max(-planted, 0)
-    assert torch.allclose(there_and_back[:, lost:-320], straight[:, lost:-320], atol=1e-4)
+@pytest.mark.parametrize("planted", [-31, -8, 1, 57, 200])
+def test_a_planted_lag_is_measured_and_removed(speech, planted):
+    codec = late_transform(planted)
+    assert codec.lag == planted
+    assert si_sdr(speech.roll(planted, -1), speech).max() < 10  # why it matters
+    there_and_back = codec.decode(codec.encode(speech), 16000)
+    # Exact but for ends where a window has no neighbour, and what an early codec has lost for good.
+    start = 160 + max(-planted, 0)
+    end = 16000 if planted > 0 else 15840
+    assert torch.allclose(there_and_back[:, start:end], speech[:, start:end], atol=1e-4)
 
 
-class Echo(nn.Module):
-    """A bare network of known reach: a latent hears `early` frames ahead and `late` back, and so does the decoder."""
-
-    sample_rate, hop_length, latent_dim, n_codebooks, codebook_size = 8000, 160, 160, 1, 2
-
-    def __init__(self, late, early):
-        super().__init__()
-        self.late, self.early = late, early
-
-    def spread(self, frames):  # [B, n, F]
-        later, earlier = F.pad(frames, (self.late, 0)), F.pad(frames, (0, self.early))
-        return frames + 0.5 * later[..., : frames.shape[-1]] + 0.5 * earlier[..., self.early :]
-
-    def encoder(self, wav):
-        return self.spread(wav.view(len(wav), -1, 160).transpose(1, 2))
-
-    def decoder(self, latents):
-        return self.spread(latents).transpose(1, 2).reshape(len(latents), 1, -1)
-
-    def quantize(self, latents, n_codebooks):
-        return latents
-
-
-@pytest.mark.parametrize("late, early", [(3, 0), (0, 5), (4, 2)])
-def test_margins_are_as_long_as_coding_reaches(late, early):
-    network = Echo(late, early)
-    assert load_network(network).margins() == (2 * late, 2 * early)
-
-
-def load_network(network, rate=8000):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return Codec(network, rate)
-
-
-def test_an_unshifted_signal_scores_where_a_shifted_one_fails(speech):
-    """Why the lag matters: 4 samples at 8 kHz turn a perfect estimate into one of about -10 dB or worse."""
-    assert si_sdr(speech.roll(4, -1), speech).max() < 0
-    assert measure_lag(speech[0], speech[0].roll(4), 10)[0] == 4
-
-
-@pytest.mark.parametrize("factor", [1e-3, 0.05, 30.0])
-def test_level_in_equals_level_out(codec, speech, factor):
-    class Cubes(nn.Module):  # a separator on waveforms that depends on the level
-        on_latents = False
-
-        def forward(self, mixture):
-            return torch.stack([mixture, mixture**3], 1)
-
-    model = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
-    for process in (codec.transmit, partial(separate, model, codec), partial(separate, Cubes(), codec)):
-        reference, scaled = process(speech), process(speech * factor)
-        assert torch.allclose(scaled / factor, reference, atol=2e-3 * reference.abs().max().item())
-    transmitted = codec.transmit(speech)
-    level = 20 * torch.log10(transmitted.std(-1) / speech.std(-1))
+@pytest.mark.parametrize("factor", [1e-3, 30.0])
+def test_level_in_is_level_out_and_silence_stays_silence(codec, speech, factor):
+    masks = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
+    clips = nn.Sequential(nn.Unflatten(1, (1, -1)), nn.Tanh())  # a separator on waveforms
+    clips.on_latents = False
+    for process in (
+        codec.transmit,
+        partial(separate, masks, codec),
+        partial(separate, clips, codec),
+    ):
+        reference = process(speech)
+        tolerance = 2e-3 * reference.abs().max().item()
+        assert torch.allclose(process(speech * factor) / factor, reference, atol=tolerance)
+        assert process(torch.zeros(2, 1000)).abs().max() < 0.1
+    level = 20 * torch.log10(codec.transmit(speech).std(-1) / speech.std(-1))
     assert level.abs().max() < 2
 
 
-def test_silence_stays_silence_and_finite(codec):
-    out = codec.transmit(torch.zeros(2, 1000))
-    assert out.isfinite().all() and out.abs().max() < 0.1
-    assert (codec.gain(torch.zeros(2, 1000)) == 1).all()
-
-
-def test_wrapper_agrees_with_the_dac_package(official_file):
-    path, model = official_file
-    codec = load_quietly(str(path), sample_rate=16000)
-    wav = 0.1 * torch.randn(2, 3200)
-    with torch.no_grad():
-        reference, codes, *_ = model.encode(wav[:, None])
-        few, *_ = model.encode(wav[:, None], n_quantizers=2)
-        latents = codec.encode(wav)
-        assert torch.allclose(latents, model.encoder(wav[:, None]), atol=1e-5)
-        assert torch.allclose(codec.quantize(latents), reference, atol=1e-5)
-        out = model.decode(reference)[:, 0]
-    assert out.shape[-1] == 3192  # the 8 lost samples that the wrapper gives back
+def test_the_codec_agrees_with_the_dac_package(official):
+    model, path = official
+    codec = quietly(Codec.load, str(path), 16000)
     codec.lag = 0
-    assert torch.allclose(codec.decode(reference, 3200)[:, :3192], out, atol=1e-5)
-    assert codec.bitrate == 3 * 5 * 50
-    codec.use_codebooks(2)
-    assert codec.bitrate == 2 * 5 * 50 and torch.allclose(codec.quantize(latents), few, atol=1e-5)
-    codec.use_codebooks(3)
-    assert codec.bitrate == 3 * 5 * 50 and torch.allclose(codec.quantize(latents), reference, atol=1e-5)
-
-
-def test_codec_is_frozen_but_differentiable_and_weight_norm_is_folded(codec, speech):
-    assert not any(p.requires_grad for p in codec.network.parameters())
-    assert not any("weight_g" in name for name, _ in codec.network.named_parameters())
-    latents = codec.encode(speech).requires_grad_()
-    for process in (lambda z: z, codec.quantize):
-        (gradient,) = torch.autograd.grad(codec.decode(process(latents), 16000).square().sum(), latents)
-        assert gradient.isfinite().all() and gradient.any()
-
-
-def quality_at(codec, wav, rates):
-    for n in rates:
-        codec.use_codebooks(n)
-        yield si_sdr(codec.transmit(wav), wav).mean().item()
-
-
-def test_more_codebooks_transmit_better(speech):
-    codec = Codec.load("transform")
-    few, more, all_of_them = quality_at(codec, speech, (1, 4, 12))
-    assert few < more < all_of_them
-    for n in (0, 13):
-        with pytest.raises(CodecError, match=f"{n} codebooks asked for, transform has 1 to 12"):
+    wav = 0.1 * torch.randn(2, 3200)
+    latents = codec.encode(wav)
+    with torch.no_grad():
+        assert torch.allclose(latents, model.encoder(wav[:, None]), atol=1e-5)
+        for n in (2, 3):
             codec.use_codebooks(n)
-    assert codec.n_codebooks == 12
+            quantised, codes, *_ = model.encode(wav[:, None], n_quantizers=n)
+            assert torch.allclose(codec.quantize(latents), quantised, atol=1e-5)
+            assert torch.equal(codec.to_codes(latents), codes)
+            assert codec.bitrate == n * 5 * 50
+        decoded = model.decode(quantised)[:, 0]
+    assert decoded.shape[-1] == 3192  # the 8 lost samples that `Codec` gives back
+    assert torch.allclose(codec.decode(quantised, 3200)[:, :3192], decoded, atol=1e-5)
+    assert not any("weight_g" in name for name, _ in codec.network.named_parameters())
 
 
-@slow
-def test_fitted_codebooks_transmit_speech(tmp_path, speech, monkeypatch):
-    path = tmp_path / "codebooks.pth"
-    monkeypatch.setattr(transform_codec.TransformCodec, "n_codebooks", 3)
-    program("recipes.transform_codec", monkeypatch, "--seconds", 60, "--out", path, "--valid", SPEECH.parent / "valid")
-    network, weights = transform_codec.load_transform(path)
-    fitted = Codec(network, 8000)
-    assert fitted.lag == 0 and 1.5 < si_sdr(fitted.transmit(speech), speech).mean()
-    assert "quantizers.2" in " ".join(weights)
+@pytest.mark.parametrize("kind", ["dac", "transform", "soundstream", "soundstream with a coder"])
+def test_codes_carry_quantised_latents_to_the_last_bit(kind, official):
+    network = {
+        "dac": DAC(official[0]),
+        "transform": CODECS["transform"]()[0],
+        "soundstream": SoundStream(SMALL_SOUNDSTREAM),
+        "soundstream with a coder": SoundStream(WITH_CODER),
+    }[kind]
+    codec = quietly(Codec, network, network.sample_rate)
+    latents = torch.randn(2, 3, codec.latent_dim, 7)
+    for n in (1, network.n_codebooks):
+        codec.use_codebooks(n)
+        codes = codec.to_codes(latents)
+        assert codes.shape == (2, 3, n, 7)
+        assert torch.equal(codec.from_codes(codes), codec.quantize(latents))
+    for wrong in (codes - network.codebook_size, codes + network.codebook_size):
+        with refused(f"those of .* are 0 to {network.codebook_size - 1}"):
+            codec.from_codes(wrong)
+    with refused(f"codes of {2 * n} codebooks, .* has 1 to {n}"):
+        codec.from_codes(torch.cat([codes, codes], dim=-2))
+    for wrong in (0, n + 1):
+        with refused(f"{wrong} codebooks asked for, .* has 1 to {n}"):
+            codec.use_codebooks(wrong)
+
+
+def energy_outside(gradient, frame):
+    """Of a gradient [frames, n], the share beyond MARGIN frames of one of them."""
+    energy = gradient.square().sum(1)
+    near = energy[frame - MARGIN : frame + MARGIN + 1]
+    return 1 - (near.sum() / energy.sum()).item()
+
+
+@pytest.mark.parametrize("kind, most", [("dac", 1e-6), ("lyra's shape", 0.01)])
+def test_what_a_frame_depends_on_lies_within_the_margin(kind, most, official):
+    """DAC sees nothing beyond it; a causal SoundStream 15 frames, by 1 % of its gradient."""
+    network = DAC(official[0]) if kind == "dac" else SoundStream()
+    hop = network.hop_length
+    wav = torch.randn(1, 1, 61 * hop, requires_grad=True)
+    latent = network.encoder(wav)[0, :, 30]
+    (gradient,) = torch.autograd.grad(latent @ torch.randn_like(latent), wav)
+    assert energy_outside(gradient.view(61, hop), 30) < most
+    latents = torch.randn(1, network.latent_dim, 61, requires_grad=True)
+    frame = network.decoder(latents)[0, 0, 30 * hop : 31 * hop]
+    (gradient,) = torch.autograd.grad(frame @ torch.randn(hop), latents)
+    assert energy_outside(gradient[0].T, 30) < most
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_codecs_latents_lie_where_the_separator_sees_them(name, speech, offline, request):
+    """Far above the floor of the logarithm at its entrance, which hides all that is below."""
+    if name == "bundled":
+        reason = "its latents are too small, until it is replaced"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+    codec = quietly(Codec.load, name)
+    latents = codec.encode(speech * codec.gain(speech))
+    power = latents.square().mean((0, 2))  # of each channel
+    floor = 10 ** (log_power(torch.zeros(1)) - 1)
+    assert power.median() >= 10 * floor
 
 
 class Bomb:
+    """A pickle of it runs a command as it is read."""
+
     def __reduce__(self):
         return os.system, ("touch exploded",)
 
 
-def test_bad_codecs_are_one_clear_line(tmp_path, monkeypatch, official_file):
+def test_bad_codecs_are_one_line_and_run_no_code(tmp_path, monkeypatch, official):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bomb.pth").write_bytes(pickle.dumps(Bomb()))
-    torch.save({"state_dict": Bomb(), "metadata": {}}, tmp_path / "bomb2.pth")
-    (tmp_path / "empty.pth").touch()
-    (tmp_path / "truncated.pth").write_bytes(official_file[0].read_bytes()[:10000])
-    torch.save({"state_dict": {}, "metadata": {"kwargs": {}}}, tmp_path / "other.pth")
-    for name in ("bomb.pth", "bomb2.pth", "empty.pth", "truncated.pth", "other.pth", "dac_99khz"):
-        with pytest.raises(CodecError) as caught:
-            Codec.load(name)
-        assert "\n" not in str(caught.value)
-    for name in ("bomb.pth", "missing.pth"):
-        with pytest.raises(CodecError, match="codebooks"):
-            transform_codec.load_transform(tmp_path / name)
-    assert not (tmp_path / "exploded").exists()
-    with pytest.raises(CodecError, match="out of range"):
+    Path("bomb.pth").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    torch.save({"state_dict": Bomb(), "metadata": {}}, "bomb2.pth")
+    torch.save({"state_dict": {}, "metadata": {"kwargs": {}}}, "other.pth")
+    Path("empty.pth").touch()
+    Path("truncated.pth").write_bytes(official[1].read_bytes()[:10000])
+    for name in ("bomb", "bomb2", "other", "empty", "truncated"):
+        with refused(f"{name}.pth is .*: fetch"):
+            Codec.load(f"{name}.pth")
+    assert not Path("exploded").exists()
+    with refused("no codec dac_99khz: use bundled, transform"):
+        Codec.load("dac_99khz")
+    with refused("out of range"):
         Codec.load("transform", sample_rate=100)
 
 
-def test_official_weights_are_fetched_whole_or_not_at_all(tmp_path, monkeypatch, official_file):
-    weights = official_file[0].read_bytes()
+class Release(BaseHTTPRequestHandler):
+    """Serves one file, of which it promises more than there is."""
 
-    class Release(SimpleHTTPRequestHandler):
-        promised = len(weights) + 1000
+    content = b""
+    missing = 1000
 
-        def do_GET(self):
-            assert self.path == "/0.0.5/weights_16khz.pth"
-            self.send_response(200)
-            self.send_header("Content-Length", str(self.promised))
-            self.end_headers()
-            self.wfile.write(weights)
+    def do_GET(self):
+        assert self.path == "/0.0.5/weights_16khz.pth"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content) + self.missing))
+        self.end_headers()
+        self.wfile.write(self.content)
 
-        def log_message(self, *_):
-            pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Release)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(dac_wrapper, "CACHE", tmp_path / "cache")
+def test_official_weights_are_fetched_whole_or_not_at_all(tmp_path, monkeypatch, official):
+    monkeypatch.setattr(dac_wrapper, "CACHE", tmp_path)
     monkeypatch.setattr(dac_wrapper, "RELEASES", "http://127.0.0.1:9/")  # nobody listens there
-    with pytest.raises(CodecError, match="can't fetch"):
+    with refused("can't fetch http.* refused"):
         Codec.load("dac_16khz")
-    monkeypatch.setattr(dac_wrapper, "RELEASES", f"http://127.0.0.1:{server.server_port}/")
-    with pytest.raises(CodecError, match="too early"):
-        Codec.load("dac_16khz")
-    assert list((tmp_path / "cache").iterdir()) == []
-    Release.promised = len(weights)
-    assert load_quietly("dac_16khz").codec_rate == 16000
-    server.shutdown()
-    server.server_close()
-    (cached,) = (tmp_path / "cache").iterdir()
-    assert cached.read_bytes() == weights and load_quietly("dac_16khz").codec_rate == 16000  # without a server
+    monkeypatch.setattr(Release, "content", official[1].read_bytes())
+    with ThreadingHTTPServer(("127.0.0.1", 0), Release) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setattr(dac_wrapper, "RELEASES", f"http://127.0.0.1:{server.server_port}/")
+        with refused("can't fetch http.* 1000 bytes too early"):
+            Codec.load("dac_16khz")
+        assert list(tmp_path.iterdir()) == []
+        monkeypatch.setattr(Release, "missing", 0)
+        quietly(Codec.load, "dac_16khz")
+        server.shutdown()
+    (cached,) = tmp_path.iterdir()
+    assert cached.read_bytes() == Release.content
+    quietly(Codec.load, "dac_16khz")  # without a server
 
 
-# SoundStream; the original that Lyra is tested against is run by ai-edge-litert ---------------------------------------
-
-SHARED = HERE.parent / "shared"
-LYRA = SHARED / "lyra"
-SMALL_SOUNDSTREAM = SoundStreamConfig(
-    sample_rate=8000, kernel=32, stride=8, widths=(8, 16, 16, 32), latent_dim=12, n_codebooks=3, codebook_size=32
-)  # fmt: skip
-needs_lyra = pytest.mark.skipif(not LYRA.is_dir(), reason="Lyra's weights are not in ../shared/lyra")
-
-
-def librispeech_speech(n_files=10, seconds=3):
-    """[n_files, T] at 16 kHz, real recordings as loud as they are."""
-    files = sorted((SHARED / "speech/librispeech_251").glob("*.flac"))[3::20]
-    files = [file for file in files if sf.info(file).frames > 16000 * (seconds + 1)][:n_files]
-    if len(files) < n_files:
-        pytest.skip("the recordings are not in ../shared/speech/librispeech_251")
-    frames = dict(start=16000, frames=16000 * seconds, dtype="float32")
-    return torch.stack([torch.from_numpy(sf.read(file, **frames)[0]) for file in files])
-
-
-def run_original(name, frames):
-    """The outputs of Lyra's own streaming graph for a list of inputs, one call each, as one tensor."""
-    interpreter = pytest.importorskip("ai_edge_litert.interpreter", reason="ai-edge-litert is not installed")
-    graph = interpreter.Interpreter(str(LYRA / name), num_threads=1)
-    graph.allocate_tensors()
-    source, result = graph.get_input_details()[0]["index"], graph.get_output_details()[0]["index"]
-    outputs = []
-    for frame in frames:
-        graph.set_tensor(source, frame.numpy())
-        graph.invoke()
-        outputs.append(torch.from_numpy(graph.get_tensor(result).copy()))
-    return torch.stack(outputs)
-
-
-def relative_errors(ours, reference):
-    """Of each signal, relative to its standard deviation."""
-    return (ours - reference).flatten(1).std(1) / reference.flatten(1).std(1)
-
-
-@slow
-@needs_lyra
-def test_latents_and_waveforms_are_those_of_the_original_but_for_its_8_bit_activations():
-    codec, _ = load_lyra(LYRA)
-    wav = librispeech_speech()
-    latents = torch.stack([run_original("soundstream_encoder.tflite", w.view(-1, 1, 320))[:, 0, 0].T for w in wav])
-    decoded = torch.stack([run_original("lyragan.tflite", z.T[:, None, None]).flatten() for z in latents])
-    with torch.no_grad():
-        assert relative_errors(codec.encoder(wav[:, None]), latents).max() < 0.10
-        # Loud frames exceed what 8 bits hold in the original, so the typical recording counts.
-        assert relative_errors(codec.decoder(latents)[:, 0], decoded).median() < 0.07
-
-
-@slow
-@needs_lyra
-def test_the_rvq_chooses_as_the_original_does():
-    interpreter = pytest.importorskip("ai_edge_litert.interpreter", reason="ai-edge-litert is not installed")
-    graph = interpreter.Interpreter(str(LYRA / "quantizer.tflite"), num_threads=1)
-    encode, decode = graph.get_signature_runner("encode"), graph.get_signature_runner("decode")
-    codec, _ = load_lyra(LYRA)
-    frames = librispeech_speech(2, 2).reshape(-1, 1, 320)
-    latents = run_original("soundstream_encoder.tflite", frames)[:, 0, 0]  # [F, 64]
-    for n_codebooks in (1, 16, 30, 46):
-        ours, codes = codec.quantizer(latents.T[None], n_codebooks)
-        for i, frame in enumerate(latents):
-            theirs = encode(input_frames=frame[None, None].numpy(), num_quantizers=np.int32(n_codebooks))["output_0"]
-            assert codes[0, :, i].tolist() == theirs[:n_codebooks].flatten().tolist()
-            assert (theirs[n_codebooks:] == -1).all()
-            decoded = torch.from_numpy(decode(encoding_indices=theirs)["output_0"][0, 0])
-            torch.testing.assert_close(ours[0, :, i].detach(), decoded)
-
-
-@needs_lyra
-def test_the_outermost_layers_are_the_strided_convolutions_of_the_file():
-    codec, _ = load_lyra(LYRA)
-    first, last = codec.encoder.layers[0], codec.decoder.layers[-1]
-    wav, inner = torch.randn(2, 1, 640), torch.randn(2, 64, 40)
-    with torch.no_grad():
-        weight, bias = soundstream.read_tflite(LYRA / "soundstream_encoder.tflite")[1][0]
-        expected = F.conv1d(F.pad(wav, (48, 0)), weight[:, :, 0], bias, stride=16)
-        ours = first(wav.view(2, 40, 1, 16).transpose(1, 3))[:, :, 0]
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
-        weight, bias = soundstream.read_tflite(LYRA / "lyragan.tflite")[1][-1]
-        expected = F.conv_transpose1d(inner, weight[:, :, 0], bias, stride=16)[..., :640]
-        ours = last(inner[:, :, None]).transpose(1, 3).reshape(2, 1, 640)
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
-
-
-@needs_lyra
-def test_lyra_has_the_size_and_the_cost_that_are_known_of_it():
-    codec, _ = load_lyra(LYRA)
-    assert sum(p.numel() for p in codec.encoder.parameters()) == pytest.approx(0.660e6, rel=0.01)
-    assert sum(p.numel() for p in codec.decoder.parameters()) == pytest.approx(0.660e6, rel=0.01)
-    for network, given in ((codec.encoder, torch.randn(1, 1, 16000)), (codec.decoder, torch.randn(1, 64, 50))):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(given)
-        assert counter.get_total_flops() / 2 == pytest.approx(0.0998e9, rel=0.01)
+# SoundStream, and Lyra, whose original is run by ai-edge-litert -----------------------------------
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_codec_of_its_own_shape_returns_as_many_samples_as_it_was_given(causal):
-    torch.manual_seed(0)
-    codec = SoundStream(replace(SMALL_SOUNDSTREAM, causal=causal))
-    wav = torch.randn(3, 1, 11 * 160)
-    latents = codec.encoder(wav)
-    assert codec.hop_length == 160 and latents.shape == (3, 12, 11)
-    assert codec.quantize(latents, 2).shape == latents.shape
-    assert codec.decoder(latents).shape == wav.shape
-    torch.testing.assert_close(codec.encoder(wav[1:2]), latents[1:2], atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="100 samples are no multiple of the codec's 160 a frame"):
-        codec.encoder(wav[..., :100])
-
-
-def test_a_causal_codec_waits_for_nothing_and_another_sees_both_sides():
-    torch.manual_seed(0)
+def test_a_soundstream_returns_its_length_and_a_causal_one_waits_for_nothing(causal):
+    network = SoundStream(replace(SMALL_SOUNDSTREAM, causal=causal))
     wav = torch.randn(1, 1, 30 * 160)
     later = wav.clone()
     later[..., 15 * 160 :] += 1
-    for causal in (True, False):
-        codec = SoundStream(replace(SMALL_SOUNDSTREAM, causal=causal))
-        with torch.no_grad():
-            moved = (codec.encoder(wav) - codec.encoder(later)).abs().amax((0, 1))
-            assert (moved[:15].max() == 0) == causal and moved[15:].min() > 0
-            latents = torch.randn(1, 12, 30)
-            after = latents.clone()
-            after[..., 15:] += 1
-            moved = (codec.decoder(latents) - codec.decoder(after)).abs()[0, 0]
-            assert (moved[: 15 * 160].max() == 0) == causal and moved[15 * 160 :].max() > 0
+    latents = network.encoder(wav)
+    assert latents.shape == (1, 12, 30)
+    decoded = network.decoder(latents)
+    assert decoded.shape == wav.shape
+    moved = (network.encoder(later) - latents).abs().amax((0, 1))  # [F]
+    assert (moved[:15].max() == 0) == causal
+    assert moved[15:].min() > 0
+    moved = (network.decoder(network.encoder(later)) - decoded).abs().amax((0, 1))  # [T]
+    assert (moved[: 15 * 160].max() == 0) == causal
+    with pytest.raises(ValueError, match="100 samples are no multiple of the codec's 160"):
+        network.encoder(wav[..., :100])
 
 
-def test_gradients_reach_every_weight_and_pass_straight_through_the_rvq():
-    torch.manual_seed(0)
-    codec = SoundStream(SMALL_SOUNDSTREAM)
-    wav = torch.randn(2, 1, 1600, requires_grad=True)
-    codec.decoder(codec.quantize(codec.encoder(wav), 3)).square().mean().backward()
-    assert wav.grad.abs().min() > 0
-    for name, parameter in [*codec.encoder.named_parameters(), *codec.decoder.named_parameters()]:
-        assert parameter.grad.abs().sum() > 0, name
-    latents = torch.randn(2, 12, 10, requires_grad=True)
-    towards = torch.randn(2, 12, 10)
-    (codec.quantize(latents, 3) * towards).sum().backward()
-    torch.testing.assert_close(latents.grad, towards)
+def test_layers_laid_out_for_speed_compute_plain_convolutions():
+    wide = Depthwise(8, 9, causal=True)
+    x = torch.randn(2, 8, 40)
+    expected = F.conv1d(F.pad(x, (18, 0)), wide.weight[:, :, 0], dilation=9, groups=8)
+    assert torch.allclose(wide(x[:, :, None])[:, :, 0], expected, atol=1e-5)
+    # Lyra's outermost kernels, that work on strides as they did on samples.
+    weight = torch.randn(8, 1, 1, 64)
+    bias = torch.randn(1)
+    last = Conv(8, 16, 4)
+    last.weight.data, last.bias.data = lyra.last_on_strides(weight, bias, 16)
+    expected = F.conv_transpose1d(x, weight[:, :, 0], bias, stride=16)[..., :640]
+    strides = last(x[:, :, None]).transpose(1, 3)
+    assert torch.allclose(strides.reshape(2, 1, 640), expected, atol=1e-4)
+    bias = torch.randn(8)
+    first = Conv(16, 8, 4)
+    first.weight.data, first.bias.data = lyra.first_on_strides(weight, bias, 16)
+    wav = torch.randn(2, 1, 640)
+    expected = F.conv1d(F.pad(wav, (48, 0)), weight[:, :, 0], bias, stride=16)
+    strides = wav.view(2, 40, 1, 16).transpose(1, 3)
+    assert torch.allclose(first(strides)[:, :, 0], expected, atol=1e-4)
 
 
-def test_the_rvq_finds_the_nearest_entries():
-    torch.manual_seed(0)
-    quantizer = SoundStream(SMALL_SOUNDSTREAM).quantizer
-    latents = torch.randn(2, 12, 10)
-    quantised, codes = quantizer(latents, 2)
-    for b in range(2):
-        for f in range(10):
-            rest = latents[b, :, f]
-            for codebook, code in zip(quantizer.codebooks, codes[b, :, f]):
-                assert int((codebook - rest).norm(dim=1).argmin()) == int(code)
-                rest = rest - codebook[code]
-            torch.testing.assert_close(quantised[b, :, f], latents[b, :, f] - rest)
+@pytest.mark.parametrize("config", [SMALL_SOUNDSTREAM, WITH_CODER])
+def test_gradients_reach_every_weight_and_pass_straight_through_the_rvq(config):
+    network = SoundStream(config)
+    latents = network.encoder(torch.randn(2, 1, 1600))
+    latents.retain_grad()
+    quantised, _ = network.quantize(latents, 3)
+    quantised.retain_grad()
+    network.decoder(quantised).square().sum().backward()
+    assert torch.equal(latents.grad, quantised.grad)
+    for part in (network.encoder, network.decoder):
+        assert all(p.grad.any() for p in part.parameters())
 
 
-def test_what_is_saved_is_read_back_with_its_shape(tmp_path):
-    codec = SoundStream(SMALL_SOUNDSTREAM)
-    save_soundstream(codec, tmp_path / "codec.pth")
-    again, weights = load_file(tmp_path / "codec.pth")
-    assert again.config == SMALL_SOUNDSTREAM and list(tmp_path.iterdir()) == [tmp_path / "codec.pth"]
-    wav = torch.randn(1, 1, 1600)
-    torch.testing.assert_close(again.encoder(wav), codec.encoder(wav), atol=0, rtol=0)
-    assert weights.keys() == codec.state_dict().keys()
+def test_the_rvq_chooses_the_nearest_of_its_entries():
+    quantizer = SoundStream(WITH_CODER).quantizer
+    points = torch.randn(2, 4, 10)
+    quantised, codes = quantizer(points, 3)
+    rest = points.transpose(1, 2)  # [B, F, D]
+    for k, entries in enumerate(quantizer.codebooks):  # [K, D]
+        distances = (entries - rest[:, :, None]).norm(dim=-1)  # [B, F, K]
+        assert torch.equal(distances.argmin(-1), codes[:, k])
+        rest = rest - entries[codes[:, k]]
+    assert torch.allclose(quantised, points - rest.transpose(1, 2), atol=1e-5)
 
 
-@needs_lyra
-def test_lyra_is_converted_once_and_read_as_plain_tensors_after_that(tmp_path, monkeypatch):
-    fetched = []
-    monkeypatch.setattr(soundstream, "CACHE", tmp_path)
-
-    def download(url, path):
-        fetched.append(url)
-        shutil.copy(LYRA / path.name, path)
-
-    monkeypatch.setattr("dac_wrapper.download", download)
-    codec, weights = load_lyra()
-    assert fetched == [soundstream.LYRA_URL + name for name in soundstream.LYRA_FILES]
-    for name in soundstream.LYRA_FILES:
-        (tmp_path / name).unlink()
-    again, _ = load_lyra()
-    assert all(torch.equal(a, b) for a, b in zip(codec.state_dict().values(), again.state_dict().values()))
+def test_lyra_has_the_size_and_the_cost_that_are_known_of_it():
+    network = SoundStream()
+    for part, shape in ((network.encoder, (1, 1, 16000)), (network.decoder, (1, 64, 50))):
+        assert count_parameters(part) == pytest.approx(0.660e6, rel=0.01)
+        assert count_gmacs(part, *shape) == pytest.approx(0.0998, rel=0.01)
 
 
-@needs_lyra
-def test_a_wrong_file_is_refused(tmp_path):
-    for name in soundstream.LYRA_FILES:
-        (tmp_path / name).write_bytes((LYRA / name).read_bytes())
-    (tmp_path / "lyragan.tflite").write_bytes(b"something else")
-    with pytest.raises(CodecError, match="lyragan.tflite is not the file.*remove it"):
-        load_lyra(tmp_path)
-    (tmp_path / "lyragan.tflite").unlink()
-    with pytest.raises(CodecError, match="no .*lyragan.tflite: fetch it from https"):
-        load_lyra(tmp_path)
+def test_lyra_is_fetched_once_and_a_wrong_file_is_refused(offline, speech):
+    codec = Codec.load("lyra")
+    assert offline == [lyra.URL + name for name in lyra.FILES]
+    for name in lyra.FILES:
+        (lyra.CACHE / name).unlink()
+    assert Codec.load("lyra").fingerprint == codec.fingerprint
+    assert len(offline) == 3
+    facts = (codec.lag, codec.codec_rate, codec.frame_rate, codec.latent_dim, codec.bitrate)
+    assert facts == (0, 16000, 50.0, 64, 9200.0)
+    with refused("no .*soundstream_encoder.tflite: fetch it from https"):
+        lyra.convert_lyra(lyra.CACHE)
+    (lyra.CACHE / "soundstream_encoder.tflite").write_bytes(b"something else")
+    with refused("soundstream_encoder.tflite is not the file .*: fetch it anew"):
+        lyra.convert_lyra(lyra.CACHE)
 
 
-@needs_lyra
-@pytest.mark.parametrize("rate", [8000, 16000])
-def test_lyra_is_exact_in_time_length_and_level_like_any_codec(rate, tmp_path, monkeypatch):
-    monkeypatch.setattr(soundstream, "CACHE", tmp_path)
-    shutil.copytree(LYRA, tmp_path, dirs_exist_ok=True)
-    lyra = Codec.load("lyra", rate)
-    assert lyra.lag == 0 and (lyra.codec_rate, lyra.frame_rate, lyra.latent_dim) == (16000, 50.0, 64)
-    assert [lyra.bitrate * n / 46 for n in (16, 30, 46)] == pytest.approx([3200, 6000, 9200])
-    wav = torch.from_numpy(resample(librispeech_speech(1)[0].numpy(), 16000, rate))[None, :-7]
-    sent = lyra.transmit(wav)
-    assert sent.shape == wav.shape and measure_lag(wav[0], sent[0], 50)[0] == 0
-    assert torch.allclose(lyra.transmit(30 * wav), 30 * sent, atol=1e-2 * 30 * sent.abs().max().item())
-    low, middle, high = quality_at(lyra, wav, (16, 30, 46))
-    assert low < middle < high
-    before, after = lyra.margins()
-    assert before > 3 and after <= 1  # causal
+def original(name):
+    """One of Lyra's own graphs."""
+    litert = pytest.importorskip("ai_edge_litert.interpreter", reason="no ai-edge-litert here")
+    return litert.Interpreter(str(lyra.CACHE / name), num_threads=1)
 
 
-# Losses ---------------------------------------------------------------------------------------------------------------
+def run_original(name, frames):
+    """The outputs of one of Lyra's own streaming graphs for frames [F, n]: [F, m]."""
+    graph = original(name)
+    graph.allocate_tensors()
+    given = graph.get_input_details()[0]
+    outputs = []
+    for frame in frames:
+        graph.set_tensor(given["index"], frame.view(*given["shape"]).numpy())
+        graph.invoke()
+        outputs.append(graph.get_tensor(graph.get_output_details()[0]["index"]).flatten())
+    return torch.from_numpy(np.stack(outputs))
+
+
+@slow
+def test_lyra_is_the_original_but_for_its_8_bit_activations(offline, speech):
+    network, _ = lyra.load_lyra()
+    wav = torch.from_numpy(resample(speech[0].numpy(), 8000, 16000))
+    latents = run_original("soundstream_encoder.tflite", wav.view(-1, 320))  # [F, 64]
+    decoded = run_original("lyragan.tflite", latents).flatten()
+    with torch.no_grad():
+        error = network.encoder(wav[None, None])[0].T - latents
+        assert error.std() < 0.10 * latents.std()
+        error = network.decoder(latents.T[None])[0, 0] - decoded
+        assert error.std() < 0.07 * decoded.std()
+    # The RVQ has 8 bits nowhere.
+    graph = original("quantizer.tflite")
+    encode = graph.get_signature_runner("encode")
+    decode = graph.get_signature_runner("decode")
+    for n in (1, 30, 46):
+        quantised, codes = network.quantize(latents.T[None], n)
+        for k, frame in enumerate(latents):
+            given = frame[None, None].numpy()
+            theirs = encode(input_frames=given, num_quantizers=np.int32(n))["output_0"]
+            assert codes[0, :, k].tolist() == theirs[:n].flatten().tolist()
+            decoded = torch.from_numpy(decode(encoding_indices=theirs)["output_0"][0, 0])
+            assert torch.allclose(quantised[0, :, k], decoded, atol=1e-4)
+
+
+# Losses -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", [-20, 0, 13.7, 40])
-def test_si_sdr_closed_form(level):
-    """Noise orthogonal to the source: SI-SDR is the ratio of their energies, whatever the scale and offset."""
+def test_si_sdr_of_orthogonal_noise_is_the_ratio_of_energies(level):
+    """Whatever the scale and the offset."""
     time = torch.arange(8000, dtype=torch.float64) / 8000
-    source, noise = torch.sin(2 * math.pi * 50 * time), torch.cos(2 * math.pi * 90 * time)
-    estimate = 7.3 * (source + noise * 10 ** (-level / 20)) + 0.4
+    source = torch.sin(2 * math.pi * 50 * time)
+    noise = torch.cos(2 * math.pi * 90 * time) * 10 ** (-level / 20)
+    estimate = 7.3 * (source + noise) + 0.4
     assert si_sdr(estimate, source).item() == pytest.approx(level, abs=1e-6)
 
 
-def test_si_sdr_and_sdr_agree_with_other_libraries(speech):
-    from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
-
+def test_si_sdr_agrees_with_torchmetrics(speech):
     estimates = speech + 0.03 * torch.randn_like(speech) + 0.2 * speech.flip(0)
     theirs = scale_invariant_signal_distortion_ratio(estimates, speech, zero_mean=True)
     assert torch.allclose(si_sdr(estimates, speech), theirs, atol=1e-4)
 
-    rng, n = np.random.default_rng(0), 8000
-    white = [rng.standard_normal(n + 63), rng.standard_normal(n + 15)]
-    sources = np.stack([np.convolve(w, np.hanning(k), "valid")[:n] for w, k in zip(white, (64, 16))])
-    estimates = [0.8 * np.roll(sources[0], 3) + 0.3 * sources[1] + 0.1 * rng.standard_normal(n)]
-    estimates += [sources[1] + 0.05 * sources[0]]
-    # Printed by mir_eval 0.8.2's bss_eval_sources for these signals.
-    for estimate, source, expected in zip(estimates, sources, (15.69859854, 19.35666372)):
-        assert evaluate.score("sdr", estimate, source, 8000) == pytest.approx(expected, abs=1e-3)
-
-
-@pytest.mark.parametrize("rate, mode", [(8000, "nb"), (16000, "wb")])
-def test_scores_are_per_source_after_the_best_permutation(speech, rate, mode):
-    """Every column against other libraries, called one source at a time in the right order."""
-    from pesq import pesq
-    from pystoi import stoi
-    from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
-
-    def theirs_si_sdr(estimate, source):
-        pair = torch.from_numpy(estimate), torch.from_numpy(source)
-        return scale_invariant_signal_distortion_ratio(*pair, zero_mean=True).item()
-
-    sources = speech.numpy()
-    mixture = sources.sum(0)
-    estimates = sources + 0.1 * sources[::-1] + 0.01 * np.random.default_rng(0).standard_normal(sources.shape)
-    estimates = np.roll(estimates, 3, -1).astype(np.float32)
-    columns = ["si_sdr", "si_sdr_i", "csi_sdr_i", "sdr", "sdr_i", "pesq", "stoi"]
-    transmitted = np.stack([sources[0] + 0.1 * sources[1], sources[1]])
-    rows = evaluate.score_rows(
-        {"a": estimates[::-1].copy(), "mixture": np.stack([mixture] * 2)}, mixture,
-        {"": sources, "c": transmitted}, columns, rate,
-    )  # fmt: skip
-    for k in range(2):
-        theirs = theirs_si_sdr(estimates[k], sources[k])
-        assert rows["a"]["si_sdr"][k] == pytest.approx(theirs, abs=1e-4)
-        assert rows["a"]["si_sdr_i"][k] == pytest.approx(theirs - theirs_si_sdr(mixture, sources[k]), abs=1e-3)
-        gain = theirs_si_sdr(estimates[k], transmitted[k]) - theirs_si_sdr(mixture, transmitted[k])
-        assert rows["a"]["csi_sdr_i"][k] == pytest.approx(gain, abs=1e-3)
-        assert rows["a"]["pesq"][k] == pytest.approx(pesq(rate, sources[k], estimates[k], mode), abs=1e-3)
-        assert rows["a"]["stoi"][k] == pytest.approx(stoi(sources[k], estimates[k], rate), abs=1e-5)
-        assert rows["a"]["lag"][k] == 3
-    assert not any(np.abs(rows["mixture"][c]).max() > 1e-4 for c in ("si_sdr_i", "csi_sdr_i", "sdr_i"))
-    table = report.format_table(evaluate.summarise({"1": rows, "2": rows}, columns)).splitlines()
-    assert "shifted by +3 samples" in table[1] and "shifted" not in table[2]
-
-
-def test_a_codec_is_scored_on_one_utterance_of_each_speaker(tmp_path, monkeypatch):
-    class Noisy:  # adds as much error as there is signal when quantised, a tenth of it when not
-        bitrate, n_codebooks, device = 6000, 12, "cpu"
-
-        def use_codebooks(self, n):
-            assert n == 12
-
-        def transmit(self, wav, quantize):
-            error = wav.roll(4000, -1)
-            error = error - (error * wav).sum() / wav.square().sum() * wav
-            return wav + error * wav.norm() / error.norm() * (1 if quantize else 0.1**0.5)
-
-    monkeypatch.setattr(shutil, "which", lambda name: None)  # no Opus here
-    monkeypatch.setattr(Codec, "load", lambda *_: Noisy())
-    program("recipes.codec_scores", monkeypatch, "--data", SPEECH.parent / "valid", "--out", tmp_path)
-    results = json.loads((tmp_path / "codec_scores.json").read_text())
-    rows = results["rows"]
-    assert results["n_signals"] == 5 and list(rows) == ["transform/unquantised", "transform/6"]
-    assert rows["transform/unquantised"]["si_sdr"]["mean"] == pytest.approx(10, abs=0.05)  # means are removed
-    assert rows["transform/6"]["si_sdr"]["mean"] == pytest.approx(0, abs=0.05)
-    assert rows["transform/6"]["pesq"]["mean"] < rows["transform/unquantised"]["pesq"]["mean"]
-
-
-def test_how_well_latents_add_and_are_masked_is_scored_on_mixtures(tmp_path, monkeypatch):
-    class Cubes:  # codes waveforms exactly, but the cubes of two don't add up to the cube of their sum
-        bitrate, n_codebooks, device = 6000, 12, "cpu"
-        gain = staticmethod(lambda wav: torch.full((1,), 30.0))
-        encode = staticmethod(lambda wav: wav[:, None] ** 3)
-        decode = staticmethod(lambda latents, length: latents[:, 0].sign() * latents[:, 0].abs() ** (1 / 3))
-        use_codebooks = staticmethod(lambda n: None)
-        transmit = staticmethod(lambda wav, quantize: wav)
-
-    write_fixed_set(SpeakerMixtures(SPEECH, 8000, 1.0, 2), tmp_path / "set")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(Codec, "load", lambda *_: Cubes())
-    program("recipes.codec_scores", monkeypatch, "--data", tmp_path / "set", "--out", tmp_path)
-    rows = json.loads((tmp_path / "codec_scores.json").read_text())["rows"]
-    expected = {"latents_added": [], "ideal_mask": []}
-    for item in (FixedMixtures(tmp_path / "set", 8000)[index] for index in range(2)):
-        mixture, (a, b) = item["mixture"], item["sources"].astype(float)
-        masked = mixture * np.cbrt(a**6 / (a**6 + b**6 + 1e-30))
-        for row, estimate, reference in (
-            ("latents_added", np.cbrt(a**3 + b**3), mixture), ("ideal_mask", masked, a),
-        ):  # fmt: skip
-            expected[row].append(float(si_sdr(torch.from_numpy(estimate), torch.from_numpy(reference))))
-    for row, values in expected.items():
-        assert rows[f"transform/{row}"]["si_sdr"]["mean"] == pytest.approx(np.mean(values), abs=0.01)
-    assert rows["transform/unquantised"]["si_sdr"]["mean"] > 60
-
-
-def test_a_score_that_cannot_be_had_is_left_out_counted_and_told(speech):
-    sources, rate = speech.numpy(), 8000
-    silent = np.stack([sources[0], np.zeros_like(sources[0])])
-    short, columns = sources[:, :1600], evaluate.COLUMNS  # 0.2 s
-    scores = {}
-    for name, reference in (("whole", sources), ("silent", silent), ("short", short)):
-        mixture = reference.sum(0)
-        signals = {"mixture": np.stack([mixture] * 2), "codecformer": reference + 0.1 * reference[::-1]}
-        scores[name] = evaluate.score_rows(signals, mixture, {"": reference, "c": reference}, columns, rate)
-    rows = evaluate.summarise(scores, columns)
-    assert all(math.isfinite(rows[row][c]["mean"]) for row in rows for c in columns)
-    counts = {c: rows["codecformer"][c]["left_out"] for c in columns}
-    assert counts["si_sdr"] == counts["sdr_i"] == 1  # against silence
-    assert counts["pesq"] == counts["stoi"] == 2  # and neither is defined on 0.2 s
-    alone = evaluate.summarise({"whole": scores["whole"]}, columns)
-    assert rows["codecformer"]["pesq"]["mean"] == alone["codecformer"]["pesq"]["mean"]
-    *_, note = report.format_table(rows).splitlines()
-    assert note.startswith("Mixtures left out") and "PESQ of Codecformer: 2" in note
-    nothing = evaluate.summarise({"silent": scores["silent"]}, columns)
-    assert nothing["codecformer"]["pesq"]["mean"] is None and " -" in report.format_table(nothing)
-
-
-def test_silent_and_constant_signals_give_finite_losses_and_gradients(codec):
-    for source in (torch.zeros(1, 2, 800), torch.full((1, 2, 800), 0.3)):
-        for estimate in (torch.zeros(1, 2, 800), torch.randn(1, 2, 800)):
-            estimate.requires_grad_()
-            loss, _ = pit(pairwise_negative_si_sdr(estimate, source))
-            loss.sum().backward()
-            assert loss.isfinite().all() and estimate.grad.isfinite().all()
-        for loss, between_latents in LOSSES.values():
-            shape = (codec.latent_dim, 5) if between_latents else (800,)
-            estimates = torch.zeros(1, 2, *shape, requires_grad=True)
-            pairwise = loss(codec, estimates, source)
-            pairwise.sum().backward()
-            assert pairwise.isfinite().all() and estimates.grad.isfinite().all()
-
 
 @pytest.mark.parametrize("n_speakers", [2, 3, 4, 5])
 def test_pit_finds_every_permutation(n_speakers):
+    everyone = list(range(n_speakers))
     sources = torch.randn(1, n_speakers, 400)
-    for permutation in itertools.permutations(range(n_speakers)):
+    for permutation in itertools.permutations(everyone):
         estimates = sources[:, list(permutation)] + 0.1 * torch.randn_like(sources)
         pairwise = pairwise_negative_si_sdr(estimates, sources)
         loss, assignment = pit(pairwise)
-        assert [permutation[a] for a in assignment[0]] == list(range(n_speakers))
-        assert si_sdr(estimates[0, assignment[0]], sources[0]).min() > 10
-        brute = min(
-            np.mean([pairwise[0, p[j], j].item() for j in range(n_speakers)])
-            for p in itertools.permutations(range(n_speakers))
-        )
-        assert loss.item() == pytest.approx(brute, abs=1e-5)
+        assert [permutation[i] for i in assignment[0]] == everyone
+        losses = [pairwise[0, list(p), everyone].mean() for p in itertools.permutations(everyone)]
+        assert loss.item() == pytest.approx(min(losses).item(), abs=1e-5)
 
 
-def test_each_loss_is_best_for_what_it_asks_for(codec, speech):
+@pytest.mark.parametrize("name", LOSSES)
+def test_silent_and_constant_signals_give_finite_losses_and_gradients(name, codec):
+    loss, between_latents = LOSSES[name]
+    shape = (1, 2, codec.latent_dim, 5) if between_latents else (1, 2, 800)
+    for level in (0.0, 0.3):
+        for estimates in (torch.zeros(shape), torch.full(shape, 0.3), torch.randn(shape)):
+            estimates.requires_grad_()
+            pairwise = loss(codec, estimates, torch.full((1, 2, 800), level))
+            pairwise.sum().backward()
+            assert pairwise.isfinite().all()
+            assert estimates.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_is_best_for_what_it_asks_for(name, codec, speech):
+    loss, _ = LOSSES[name]
     sources = (speech * codec.gain(speech.sum(0)))[None]
-    cases = (
-        ("si_sdr", sources, -60),
-        ("csi_sdr", codec.transmit(sources), -60),
-        ("embedding", codec.encode(sources), -60),
-    )
-    for name, perfect, reached in cases:
-        loss, assignment = pit(LOSSES[name][0](codec, perfect, sources))
-        assert loss.item() < reached and assignment.tolist() == [[0, 1]]
-        loss, assignment = pit(LOSSES[name][0](codec, perfect.flip(1), sources))
-        assert loss.item() < reached and assignment.tolist() == [[1, 0]]
-        # What either of the other two asks for is not perfect here.
-        other = codec.transmit(sources) if name == "si_sdr" else sources
-        other = codec.quantize(perfect) if LOSSES[name][1] else other
-        assert reached / 2 < pit(LOSSES[name][0](codec, other, sources))[0].item() < 0
-    assert (codec.decode(codec.encode(sources), 16000) - sources).square().mean() < 1e-2 * sources.square().mean()
+    latents = codec.encode(sources)
+    transmitted = codec.transmit(sources)
+    perfect = {"si_sdr": sources, "csi_sdr": transmitted, "embedding": latents}[name]
+    # What another asks for is good, not perfect.
+    good = {"si_sdr": transmitted, "csi_sdr": sources, "embedding": codec.quantize(latents)}[name]
+    for order in ([0, 1], [1, 0]):
+        best, assignment = pit(loss(codec, perfect[:, order], sources))
+        assert best < -60
+        assert assignment.tolist() == [order]
+        assert -30 < pit(loss(codec, good[:, order], sources))[0] < 0
+    if name == "embedding":  # relative to the clean latents, so that a tenth too much is -20 dB
+        assert pit(loss(codec, 1.1 * latents, sources))[0].item() == pytest.approx(-20, abs=1e-3)
 
 
+@pytest.mark.parametrize("planted", [0, 200])
 @pytest.mark.parametrize("name, reached", [("si_sdr", -25), ("csi_sdr", -5), ("embedding", -60)])
-def test_a_crop_of_perfect_latents_is_a_perfect_crop(codec, speech, name, reached):
-    """The crop of the latents and that of the sources are of the same moment, and its edges are not scored."""
+def test_a_crop_of_perfect_latents_is_a_perfect_crop(name, reached, planted, speech):
+    """Of the same moment as that of the sources, and its edges are not scored."""
+    loss, between_latents = LOSSES[name]
+    codec = late_transform(planted)
     sources = (speech * codec.gain(speech.sum(0)))[None].repeat(3, 1, 1)
-    latents = codec.quantize(codec.encode(sources)) if name == "csi_sdr" else codec.encode(sources)
-    margins, (loss, between_latents) = codec.margins(), LOSSES[name]
-    frames = 25 + sum(margins)
+    latents = codec.encode(sources)
+    if name == "csi_sdr":
+        latents = codec.quantize(latents)
+    frames = 25 + 2 * MARGIN
     parts, targets = crop(codec, latents, sources, torch.tensor([0.0, 0.4, 0.999]), frames)
-    assert parts.shape[-1] == frames and targets.shape[-1] == 160 * frames
+    assert parts.shape[-1] == frames
     assert torch.equal(targets[0], sources[0, :, : 160 * frames])
     assert torch.equal(targets[2], sources[0, :, -160 * frames :])
-    decoded = parts if between_latents else codec.decode(parts, targets.shape[-1])
-    assert pit(loss(codec, decoded, targets, margins))[0].max() < reached
-    moved = loss(codec, decoded, targets.roll(80, -1), margins)
+    estimates = parts if between_latents else codec.decode(parts, targets.shape[-1])
+    assert pit(loss(codec, estimates, targets, MARGIN))[0].max() < reached
+    moved = loss(codec, estimates, targets.roll(80, -1), MARGIN)
     assert pit(moved)[0].min() > max(reached + 10, 0)
-    whole, target = crop(codec, latents, sources, torch.rand(3), 1000)
-    assert whole.shape == latents.shape and target.shape == sources.shape
+    with refused("no whole samples: leave out --loss_seconds"):
+        Codec(codec.network, 11025).samples_per_frame
 
 
-@pytest.mark.parametrize("planted", [-57, 8, 200])
-def test_a_late_codec_trains_on_crops_with_every_loss(planted, speech):
-    """A codec that is late needs more frames of latents than of masks."""
-    late = Codec(delayed(planted), 8000)
-    assert late.lag == planted
-    model = Codecformer(CodecformerConfig(latent_dim=320, **TINY))
-    sources = speech.expand(3, 2, -1)
-    batch = {"mixture": sources.sum(1), "sources": sources, "position": torch.tensor([0, 0.5, 0.999])}
-    for loss in LOSSES:
-        values = train.mixture_losses(model, True, late, batch, loss, seconds=0.5, margins=late.margins())
-        assert values.isfinite().all() and values.shape == (3,)
-    # Perfect latents stay perfect: the crop is in time.
-    sources = (speech * late.gain(speech.sum(0)))[None]
-    margins = late.margins()
-    parts, targets = crop(late, late.encode(sources)[..., :100], sources, torch.tensor([0.5]), 25 + sum(margins))
-    decoded = late.decode(parts, targets.shape[-1])
-    assert pit(LOSSES["si_sdr"][0](late, decoded, targets, margins))[0].max() < -60
+# Data ---------------------------------------------------------------------------------------------
 
 
-def test_a_frame_of_no_whole_number_of_samples_is_refused_for_crops():
-    odd = Echo(0, 0)
-    odd.sample_rate = 8100
-    with pytest.raises(CodecError, match="--loss_seconds"):
-        load_network(odd).samples_per_frame
+def same(one, other):
+    return one["name"] == other["name"] and np.array_equal(one["mixture"], other["mixture"])
 
 
-def test_mixtures_beyond_the_threshold_leave_the_step():
-    assert keep_hard(torch.tensor([-31.0, -29.0, -30.0, 3.0])).tolist() == [-29.0, 3.0]
+def level_db(signal):
+    return 10 * np.log10(np.mean(np.square(signal, dtype=np.float64)))
 
 
-# Data -----------------------------------------------------------------------------------------------------------------
+def write_tone(path, hertz=300, rate=8000, seconds=3.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(path, 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate), rate)
 
 
-def same(a, b) -> bool:
-    return a["name"] == b["name"] and np.array_equal(a["mixture"], b["mixture"])
+def write_noise(folder):
+    """Short, stereo and in a subfolder, like WHAM!'s."""
+    (folder / "tr").mkdir(parents=True)
+    for k in range(3):
+        noise = np.random.default_rng(k).normal(0, 0.1, (4800, 2))
+        sf.write(folder / "tr" / f"{k}.wav", noise, 16000)
+    return folder
 
 
 def test_mixtures_are_a_pure_function_of_seed_epoch_and_index():
-    first, second = (SpeakerMixtures(SPEECH, 8000, 1.0, 50, seed=3, speeds=(90, 100, 110)) for _ in range(2))
-    later = [second[i] for i in (7, 0, 31)]  # in another order
-    assert all(same(first[i], item) for i, item in zip((7, 0, 31), later))
-    assert not same(first[7], first[8])
-    assert same(first[7], second[0, 7]) and not same(first[7], second[1, 7]) and same(first[1, 7], second[1, 7])
-    assert not same(first[7], SpeakerMixtures(SPEECH, 8000, 1.0, 50, seed=4)[7])
+    def mixtures(seed):
+        return SpeakerMixtures(SPEECH, 8000, seconds=1.0, size=50, seed=seed, speeds=(90, 100, 110))
+
+    first, second = mixtures(3), mixtures(3)
+    later = {index: second[index] for index in (7, 0, 31)}  # in another order
+    assert all(same(first[index], item) for index, item in later.items())
+    assert same(first[7], second[0, 7])
+    assert same(first[1, 7], second[1, 7])
+    for other in (first[8], first[1, 7], mixtures(4)[7]):
+        assert not same(first[7], other)
 
 
-def test_mixtures_are_the_sum_of_different_speakers_within_the_level_range():
-    data = SpeakerMixtures(SPEECH, 8000, 1.0, 40, n_speakers=3)
+@pytest.mark.parametrize("n_speakers", [2, 3, 5])
+def test_a_mixture_is_the_sum_of_different_speakers_within_the_level_range(n_speakers):
     differences = []
-    for index in range(40):
-        item = data[index]
-        assert item["mixture"].shape == (8000,) and item["sources"].shape == (3, 8000)
-        assert len(set(item["name"].split("_"))) == 3
+    for item in SpeakerMixtures(SPEECH, 8000, n_speakers, seconds=1.0, size=30):
+        assert item["mixture"].shape == (8000,)
+        assert item["sources"].shape == (n_speakers, 8000)
+        assert len(set(item["name"].split("_")[1:])) == n_speakers
         assert np.allclose(item["sources"].sum(0), item["mixture"], atol=1e-6)
-        assert np.abs(item["mixture"]).max() <= 0.9001
+        loudest = max(np.abs(item["mixture"]).max(), np.abs(item["sources"]).max())
+        assert loudest == pytest.approx(0.9, abs=1e-6)
         levels = 20 * np.log10(item["sources"].std(-1))
         differences.append(levels.max() - levels.min())
-    assert 0 <= min(differences) < 1 and 4 < max(differences) <= 5.001
-
-
-def write_tone(path, hertz, rate=8000, seconds=3.0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sf.write(path, 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate), rate)
+    assert min(differences) < 1
+    assert 4 < max(differences) <= 5.001
 
 
 def test_speed_and_rate_change_pitch_as_they_should(tmp_path):
     write_tone(tmp_path / "a" / "x.wav", 400, rate=8000)
     write_tone(tmp_path / "b" / "y.wav", 400, rate=22050)
-    item = SpeakerMixtures(tmp_path, 8000, 2.0, 1, speeds=(125,))[0]
+    (item,) = SpeakerMixtures(tmp_path, 8000, seconds=2.0, size=1, speeds=(125,))
     for source in item["sources"]:
         spectrum = np.abs(np.fft.rfft(source * np.hanning(16000)))
         assert spectrum.argmax() / 2 == pytest.approx(500, abs=1)
 
 
-def test_ranks_share_out_each_update_without_overlap():
-    def batches(rank, world, batch_size, start=15 * 8):  # 1000 // 66 updates an epoch: this is in the eighth
-        sampler = train.Batches(1000, None, 0, rank, (2, world, batch_size))
-        sampler.start = start
-        return list(sampler)
+def test_noise_is_mixed_at_the_chosen_snr_and_only_into_the_mixture(tmp_path):
+    write_noise(tmp_path)
 
-    whole, ranks = batches(0, 1, 6), [batches(rank, 2, 3) for rank in range(2)]
-    assert whole and {epoch for batch in whole for epoch, _ in batch} == {120 // 83}
-    for k, batch in enumerate(whole):
-        assert not set(ranks[0][k]) & set(ranks[1][k]) and sorted(ranks[0][k] + ranks[1][k]) == sorted(batch)
-    assert len({i for batch in whole for i in batch}) == len(whole) * 6
-    assert batches(0, 2, 3, start=83) != batches(0, 2, 3, start=166)
-    assert batches(0, 2, 3, start=85) == batches(0, 2, 3, start=83)[4:]
-    part = train.Batches(1000, 50, 0, 0, (1, 1, 10))  # another part of a fixed set in every epoch
-    first = [index for batch in part for _, index in batch]
-    assert len(set(first)) == 50 and max(first) > 500
-    assert train.Batches(1000, 2000, 0, 0, (1, 1, 10)).updates == 100  # there are no more
-    with pytest.raises(SettingsError, match="less than one update"):
-        train.Batches(1000, 5, 0, 0, (1, 1, 10))
+    def mixtures(**noise):
+        return SpeakerMixtures(SPEECH, 8000, seconds=0.5, size=20, **noise)
 
+    def snr(item):
+        speech = item["sources"].sum(0)
+        return level_db(speech) - level_db(item["mixture"] - speech)
 
-def test_a_fixed_set_reads_back_sample_exact(tmp_path):
-    mixtures = SpeakerMixtures(SPEECH, 8000, 1.0, 4, seed=1)
-    write_fixed_set(mixtures, tmp_path / "set")
-    fixed = FixedMixtures(tmp_path / "set", 8000)
-    assert len(fixed) == 4 and fixed.n_speakers == 2
-    for index in range(4):
-        item, original = fixed[index], mixtures[index]
-        assert np.array_equal(item["sources"].sum(0), item["mixture"])
-        assert np.abs(item["sources"] - original["sources"]).max() <= 0.5001 / 32768
-    cut = FixedSegments(tmp_path / "set", 8000, 0.5, speeds=(80, 100, 125))
-    assert np.allclose(cut[2]["sources"].sum(0), cut[2]["mixture"], atol=1e-6)
-    assert cut[2]["mixture"].shape == (4000,) and same(cut[2], cut[0, 2]) and not same(cut[0, 2], cut[1, 2])
-    assert [item.stem[:4] for item in FixedMixtures(tmp_path / "set", 8000, size=2).files] == ["0000", "0003"]
-    with pytest.raises(DataError, match="exists already"):
-        write_fixed_set(mixtures, tmp_path / "set")
-    full = OSError(28, "No space left on device")
-    with mock.patch.object(sf, "write", side_effect=full), pytest.raises(DataError, match="can't write .*No space"):
-        write_fixed_set(mixtures, tmp_path / "more")
-    assert [path.name for path in tmp_path.iterdir()] == ["set"]  # not even a half of it
+    exact = mixtures(noise=tmp_path, snr=(5, 5))
+    assert snr(exact[0]) == pytest.approx(5, abs=1e-3)
+    spread = mixtures(noise=tmp_path)
+    snrs = [snr(item) for item in spread]
+    assert -6.001 <= min(snrs) < -4
+    assert 1 < max(snrs) <= 3.001
+    clean, noisy = mixtures()[3], spread[3]
+    gain = np.linalg.norm(noisy["sources"]) / np.linalg.norm(clean["sources"])
+    assert np.allclose(clean["sources"] * gain, noisy["sources"], atol=1e-5)
+    assert np.abs(noisy["mixture"]).max() <= 0.9001
 
 
-@pytest.mark.parametrize("mix_folder", ["mix", "mix_both"])
-def test_noise_of_a_fixed_set_stays_whatever_the_speed(tmp_path, mix_folder):
-    rng = np.random.default_rng(0)
-    s1, s2, noise = rng.uniform(-0.2, 0.2, (3, 8000))
-    for folder, signal in (("s1", s1), ("s2", s2), (mix_folder, s1 + s2 + noise)):
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_fixed_set_reads_back_sample_exact(tmp_path, noisy):
+    noise = write_noise(tmp_path / "noise") if noisy else None
+    mixtures = SpeakerMixtures(SPEECH, 16000, 3, seconds=0.5, size=4, noise=noise)
+    root = tmp_path / "set"
+    write_fixed_set(mixtures, root)
+    folders = ["mix_both", "noise"] if noisy else ["mix_clean"]
+    assert sorted(path.name for path in root.iterdir()) == [*folders, "s1", "s2", "s3"]
+    fixed = FixedMixtures(root, 16000, 3)
+    for item, drawn, path in zip(fixed, mixtures, fixed.files, strict=True):
+        rest = read_audio(root / "noise" / path.name)[0] if noisy else 0
+        assert np.array_equal(item["mixture"], item["sources"].sum(0) + rest)
+        assert np.abs(item["sources"] - drawn["sources"]).max() <= 0.5001 / 32768
+        assert np.abs(item["mixture"] - drawn["mixture"]).max() <= 2.001 / 32768
+    some = FixedMixtures(root, 16000, 3, size=2)
+    assert [path.name[:4] for path in some.files] == ["0000", "0003"]  # evenly spaced
+
+
+@pytest.mark.parametrize("speed", [80, 100, 125])
+def test_librimix_is_read_with_and_without_noise_and_only_speech_changes_speed(tmp_path, speed):
+    """As create_librimix_from_metadata.py lays it out."""
+    s1, s2, noise = np.random.default_rng(0).integers(-9000, 9000, (3, 8000)).astype("int16")
+    signals = {"s1": s1, "s2": s2, "noise": noise, "mix_clean": s1 + s2}
+    signals["mix_both"] = s1 + s2 + noise
+    for folder, wav in signals.items():
         (tmp_path / folder).mkdir()
-        sf.write(tmp_path / folder / "a.wav", signal, 8000, subtype="FLOAT")
-    for speed in (80, 100, 125):
-        item = FixedSegments(tmp_path, 8000, 0.5, speeds=(speed,))[0]
-        rest = item["mixture"] - item["sources"].sum(0)
-        assert any(np.allclose(rest, noise[k : k + 4000], atol=1e-5) for k in range(4001))
+        sf.write(tmp_path / folder / "4-a_7-b.wav", wav, 8000, subtype="PCM_16")
+        signals[folder] = wav / np.float32(32768)
+    for folder, options in (("mix_clean", {}), ("mix_both", dict(mix_folder="mix_both"))):
+        (item,) = FixedMixtures(tmp_path, 8000, **options)
+        assert np.array_equal(item["mixture"], signals[folder])
+        assert np.array_equal(item["sources"], [signals["s1"], signals["s2"]])
+    segments = FixedMixtures(tmp_path, 8000, seconds=0.5, speeds=(speed,), mix_folder="mix_both")
+    item = segments[1, 0]
+    assert same(item, segments[1, 0])
+    assert not same(item, segments[2, 0])
+    rest = item["mixture"] - item["sources"].sum(0)
+    windows = np.lib.stride_tricks.sliding_window_view(signals["noise"], 4000)
+    (start,) = np.flatnonzero(np.abs(windows - rest).max(1) < 1e-5)
+    played = resample(signals["s1"][start:], speed, 100)[:3000]
+    assert np.allclose(item["sources"][0, :3000], played, atol=1e-5)
 
 
-def bad_recordings(folder: Path) -> list[Path]:
-    tone = (0.1 * np.sin(np.arange(8000))).astype(np.float32)
-    sf.write(folder / "whole.wav", tone, 8000)
-    whole = (folder / "whole.wav").read_bytes()
-    (folder / "empty.wav").touch()
-    (folder / "text.wav").write_text("no audio here")
-    (folder / "truncated.flac").write_bytes(
-        (SPEECH.parent.parent / "test_mixtures" / "s1").glob("*").__next__().read_bytes()[:9000]
-    )
-    (folder / "header_only.wav").write_bytes(whole[:44])
-    for name, value in (("nan.wav", np.nan), ("inf.wav", np.inf)):
-        broken = tone.copy()
-        broken[100] = value
-        sf.write(folder / name, broken, 8000, subtype="FLOAT")
-    sf.write(folder / "short.wav", tone[:799], 8000)
-    names = "empty.wav text.wav truncated.flac header_only.wav nan.wav inf.wav short.wav missing.wav".split()
-    return [folder / name for name in names]
-
-
-def test_bad_folders_are_refused(tmp_path):
-    (tmp_path / "one" / "speaker").mkdir(parents=True)
-    write_tone(tmp_path / "one" / "speaker" / "x.wav", 300)
-    for folder in (tmp_path / "one", tmp_path / "nowhere"):
-        with pytest.raises(DataError):
-            SpeakerMixtures(folder, 8000, 1.0, 1)
-    with pytest.raises(DataError, match="s1 and s2"):
-        FixedMixtures(tmp_path / "one", 8000)
-    for folder in ("mix", "s1", "s2"):
-        write_tone(tmp_path / "set" / folder / "x.wav", 300, rate=8000 if folder != "s2" else 16000)
-    with pytest.raises(DataError, match="16000 Hz"):
-        FixedMixtures(tmp_path / "set", 8000)[0]
-    with pytest.raises(DataError, match="8000 Hz, the model works at 16000"):
-        FixedMixtures(tmp_path / "set", 16000)
-    with pytest.raises(DataError, match="2 speakers a mixture, not 3"):
-        FixedMixtures(tmp_path / "set", 8000, n_speakers=3)
-    sf.write(tmp_path / "set" / "s2" / "x.wav", np.ones(6999), 8000)
-    with pytest.raises(DataError, match="s2/x.wav has 6999 samples, its mixture 24000"):
-        FixedMixtures(tmp_path / "set", 8000)[0]
-    (tmp_path / "set" / "s2" / "x.wav").unlink()
-    with pytest.raises(DataError, match="missing"):
-        FixedMixtures(tmp_path / "set", 8000)
-
-
-def test_what_is_no_folder_of_speakers_is_not_taken_for_one(tmp_path):
+def test_what_is_no_data_or_does_not_fit_is_refused_in_one_line(tmp_path):
+    write_tone(tmp_path / "alone" / "speaker" / "x.wav")
+    write_tone(tmp_path / "LibriSpeech" / "dev-clean" / "19" / "19-198-0000.flac")
     for folder in ("mixtures", "s1", "s2"):
-        write_tone(tmp_path / folder / "x.wav", 300)
-    for _ in range(2):
-        with pytest.raises(DataError, match="mix or mix_clean or mix_both"):
-            open_mixtures(tmp_path, 8000, True, seconds=1.0)
-        shutil.rmtree(tmp_path / "mixtures", ignore_errors=True)
-    for root, split in ((SPEECH.parent, "train"), (tmp_path / "LibriSpeech", "dev-clean")):  # one level too high
-        for folder in ("dev-clean", "train-clean-100"):
-            write_tone(tmp_path / "LibriSpeech" / folder / "19" / "198" / "19-198-0000.flac", 300)
-        with pytest.raises(DataError, match=f"holds {split}, which is no speaker"):
-            open_mixtures(root, 8000, True, seconds=1.0)
+        write_tone(tmp_path / "misnamed" / folder / "x.wav")
+    for name in ("good", "rate", "length", "missing", "broken"):
+        for folder in ("mix", "s1", "s2"):
+            write_tone(tmp_path / name / folder / "x.wav")
+    write_tone(tmp_path / "rate" / "s2" / "x.wav", rate=16000)
+    write_tone(tmp_path / "length" / "s2" / "x.wav", seconds=2)
+    (tmp_path / "missing" / "s2" / "x.wav").unlink()
+    (tmp_path / "broken" / "mix" / "x.wav").write_text("no audio here")
+    for root, options, message in (
+        ("nowhere", {}, "no folder"),
+        ("alone", {}, "holds 1 folders with wav"),
+        ("LibriSpeech", {}, "holds dev-clean, which is no speaker"),
+        ("misnamed", {}, "holds s1, which is no speaker"),
+        ("good", dict(n_speakers=3), "2 speakers a mixture, not 3"),
+        ("good", dict(sample_rate=16000), "x.wav is at 8000 Hz, the model works at 16000"),
+        ("good", dict(noise=SPEECH), "a fixed set: --noise and --snr don't apply"),
+        ("good", dict(mix_folder="mix_both"), "has no folder mix_both"),
+        ("rate", {}, "s2/x.wav is at 16000 Hz"),
+        ("length", {}, "s2/x.wav has 16000 samples, its mixture 24000"),
+        ("missing", {}, "s2/x.wav is missing"),
+        ("broken", {}, "1 of 1 recordings in .*mix can't be read"),
+        (SPEECH, dict(mix_folder="mix"), "a folder of speakers: --mix_folder doesn't apply"),
+        (SPEECH, dict(noise=tmp_path / "missing" / "s2"), "holds no wav"),
+        (SPEECH, dict(noise=SPEECH, snr=(3, -6)), "from low to high"),
+        (SPEECH, dict(snr=(0, 5)), "needs --noise"),
+        (SPEECH, dict(speeds=(10,)), "percentages from 25 to 400"),
+        (SPEECH, dict(n_speakers=6), "2 to 5 speakers, not 6"),
+        (SPEECH, dict(n_speakers=1), "2 to 5 speakers, not 1"),
+    ):
+        with refused(message):
+            open_mixtures(tmp_path / root, **{"sample_rate": 8000, **options})[0]
 
 
-def test_settings_that_do_not_apply_to_a_set_are_refused(tmp_path):
-    write_fixed_set(SpeakerMixtures(SPEECH, 8000, 0.5, 2), tmp_path / "set")
-    with pytest.raises(DataError, match="a fixed set, to which --noise doesn't apply"):
-        open_mixtures(tmp_path / "set", 8000, True, seconds=0.5, noise=SPEECH)
-    with pytest.raises(DataError, match="a folder of speakers, to which --mix_folder doesn't apply"):
-        open_mixtures(SPEECH, 8000, True, seconds=0.5, mix_folder="mix")
-    assert len(open_mixtures(tmp_path / "set", 8000, True, seconds=0.5, noise=None, size=1)) == 2
-    assert len(open_mixtures(tmp_path / "set", 8000, False, noise=SPEECH, size=1)) == 1  # validation: of both kinds
+def test_what_is_no_recording_is_passed_over_or_named(tmp_path, capsys):
+    for k in range(20):
+        write_tone(tmp_path / "ab"[k % 2] / f"{k}.wav")
+    for path in (".hidden.wav", ".trash/x.wav", "folder.wav/inside.wav"):
+        write_tone(tmp_path / "a" / path)
+    os.mkfifo(tmp_path / "a" / "pipe.wav")  # whoever opens it waits for ever
+    (tmp_path / "a" / "link.wav").symlink_to("nowhere.wav")
+    files = SpeakerMixtures(tmp_path, 8000).speakers["a"]
+    assert {path.name for path in files} == {*(f"{k}.wav" for k in range(0, 20, 2)), "inside.wav"}
+    told = capsys.readouterr().err
+    assert f"passed over: {tmp_path / 'a' / 'link.wav'} (" in told
+    assert told.count("passed over") == 1
+    (tmp_path / "a" / "text.wav").write_text("no audio here")
+    sf.write(tmp_path / "a" / "empty.wav", np.zeros(0), 8000)
+    with refused("3 of 24 recordings in .* can't be read, .*empty.wav the first"):
+        SpeakerMixtures(tmp_path, 8000)
 
 
-def test_what_was_found_is_said(tmp_path):
-    for name, seconds in (("a/x.wav", 1800), ("b/y.wav", 5400)):
-        (tmp_path / name).parent.mkdir()
-        sf.write(tmp_path / name, np.zeros(seconds * 100), 100)
-    (tmp_path / "a" / "x.wv1").touch()
-    (tmp_path / "README").touch()
-    expected = f"{tmp_path}: 2 speakers, 2 files, 2.00 h; 2 file(s) of other kinds passed over"
-    assert SpeakerMixtures(tmp_path, 8000).found == expected
-    write_fixed_set(SpeakerMixtures(SPEECH, 8000, 36.0, 2), tmp_path / "set")
-    assert FixedMixtures(tmp_path / "set", 8000).found == f"{tmp_path}/set/mix_clean: 2 mixtures of 2 speakers, 0.02 h"
+def test_a_recording_that_is_not_whole_and_finite_is_refused(tmp_path):
+    tone = 0.1 * np.sin(np.arange(8000))
+    sf.write(tmp_path / "truncated.flac", tone, 8000)
+    whole = (tmp_path / "truncated.flac").read_bytes()
+    (tmp_path / "truncated.flac").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.wav").write_text("no audio here")
+    sf.write(tmp_path / "no_samples.wav", tone[:0], 8000)
+    for name, value in (("nan.wav", np.nan), ("inf.wav", np.inf)):
+        tone[100] = value
+        sf.write(tmp_path / name, tone, 8000, subtype="FLOAT")
+    for path in (*tmp_path.iterdir(), tmp_path / "missing.wav"):
+        with refused(f"{path.name} .*: (check|replace) or remove it"):
+            read_audio(path)
 
 
-def program(name, monkeypatch, *arguments):
-    """Runs a program's or recipe's main in this process, as if started with those arguments."""
-    module = sys.modules.get(name) or __import__(name, fromlist=["main"])
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    module.main()
+class Gaps(dict):
+    """Mixtures by (epoch, index), of which some can't be made."""
+
+    def __missing__(self, key):
+        raise DataError(f"{key} is broken")
 
 
-def level_db(signal) -> float:
-    return 10 * np.log10(np.mean(np.square(signal, dtype=np.float64)))
+def test_in_training_the_next_mixture_takes_the_place_of_one_that_cannot_be_made():
+    mixtures = Replaced(Gaps({(0, 0): {"name": "first"}, (0, 1): {"name": "second"}, (1, 9): {}}))
+    item = mixtures[0, 2]  # the last of three
+    assert (item["name"], item["broken"]) == ("first", "(0, 2) is broken")
+    assert 0 <= item["position"] < 1
+    assert item == mixtures[0, 2]
+    assert mixtures[0, 1]["broken"] == ""
+    with refused("100 mixtures in a row can't be made: .* is broken"):
+        mixtures[2, 0]
 
 
-def p56_level(amplitude, on, pause) -> tuple[float, float]:
-    """P.56 level and activity of a sine of `on` s and then silence of `pause` s, from the formula of its envelope."""
+# Recipes of data ----------------------------------------------------------------------------------
 
+
+def p56_level(amplitude, on, pause):
+    """Level in dB and activity by ITU-T P.56 of a sine of `on` s, then silence of `pause` s.
+
+    From the closed form of its envelope, two averages of 30 ms of a rectified sine.
+    """
     level = 10 * np.log10(amplitude**2 / 2)
     for _ in range(20):  # the level depends on the active time, and that on the level
         share = 10 ** ((level - 15.9) / 20) / (2 * amplitude / np.pi)
-        # The envelope, two 30 ms averages, goes as 1 - (1 + u) e^-u up and as (1 + u) e^-u down.
         rise = 0.03 * brentq(lambda u: 1 - (1 + u) * np.exp(-u) - share, 0, 50)
         fall = 0.03 * brentq(lambda u: (1 + u) * np.exp(-u) - share, 0, 50)
         active = on - rise + min(fall + 0.2, pause)
@@ -1251,775 +1002,636 @@ def p56_level(amplitude, on, pause) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("rate", [8000, 16000])
-@pytest.mark.parametrize("amplitude, on, pause", [(0.3, 2.0, 1.0), (0.001, 0.5, 0.6), (20.0, 1.0, 4.0)])
-def test_active_speech_level_closed_form(rate, amplitude, on, pause):
+@pytest.mark.parametrize("amplitude, on, pause", [(0.3, 2, 1), (0.001, 0.5, 0.6), (20, 1, 4)])
+def test_active_speech_level_is_that_of_p56(rate, amplitude, on, pause):
     time = np.arange(round((on + pause) * rate)) / rate
     audio = np.tile(amplitude * np.sin(2 * np.pi * 997 * time) * (time < on), 6)
     level, activity = active_speech_level(audio, rate)
-    expected = p56_level(amplitude, on, pause)
-    assert level == pytest.approx(expected[0], abs=0.02) and activity == pytest.approx(expected[1], abs=0.002)
+    expected_level, expected_activity = p56_level(amplitude, on, pause)
+    assert level == pytest.approx(expected_level, abs=0.02)
+    assert activity == pytest.approx(expected_activity, abs=0.002)
     assert level > level_db(audio) + 0.5  # the plain mean power wouldn't do
+    assert active_speech_level(0 * audio, rate) == (-math.inf, 0.0)
+    assert all(np.isfinite(active_speech_level(np.eye(1, rate)[0], rate)))  # a click
 
 
-def test_active_speech_level_between_two_thresholds():
-    """A sine that dies away by e every second: its envelope is the same line in dB all the way."""
-    time = np.arange(48000) / 8000
-    for amplitude in 10 ** (np.arange(0, 3.5, 0.5) / 20):  # thresholds lie 3 dB apart
-        level = 10 * np.log10(amplitude**2 / 4)
-        for _ in range(20):
-            start = 2 * amplitude / np.pi / (1 - 0.03) ** 2  # of the envelope, by the gain of its two averages
-            active = np.log(start / 10 ** ((level - 15.9) / 20)) + 0.2
-            level = 10 * np.log10(amplitude**2 / 4 / active)
-        audio = amplitude * np.exp(-time) * np.sin(2 * np.pi * 997 * time)
-        assert active_speech_level(audio, 8000)[0] == pytest.approx(level, abs=0.1)  # 0.04 of it: the start
-
-
-def test_active_speech_level_of_silence_and_of_a_click():
-    assert active_speech_level(np.zeros(8000), 8000) == (-math.inf, 0.0)
-    assert all(np.isfinite(active_speech_level(np.eye(1, 8000)[0], 8000)))
-
-
-def shorten(samples) -> bytes:
-    """A Shorten 2 stream (Robinson, CUED/F-INFENG/TR.156) of blocks without prediction."""
+def shorten(samples):
+    """A Shorten 2 stream (Robinson, CUED/F-INFENG/TR.156) of blocks of 256 without prediction."""
 
     def uvar(value, k):
-        return "0" * (value >> k) + "1" + (format(value & ((1 << k) - 1), f"0{k}b") if k else "")
+        low_bits = format(value % 2**k, f"0{k}b") if k else ""
+        return "0" * (value >> k) + "1" + low_bits
 
     def ulong(value):
         return uvar(value.bit_length(), 2) + uvar(value, value.bit_length())
 
-    bits = [ulong(value) for value in (5, 1, 256, 0, 0, 0)]  # 16 bits low byte first, 1 channel, blocks of 256
-    for start in range(0, len(samples), 256):
-        block = [int(s) for s in samples[start : start + 256]]
-        bits += [uvar(5, 2) + ulong(len(block))] if len(block) < 256 else []
-        bits += [uvar(0, 2) + uvar(11, 3), *(uvar(2 * s if s >= 0 else -2 * s - 1, 12) for s in block)]
-    bits = "".join([*bits, uvar(4, 2)])
-    return b"ajkg\2" + int(bits.ljust(-len(bits) % 8 + len(bits), "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    bits = "".join(ulong(value) for value in (5, 1, 256, 0, 0, 0))  # 16 bits, low byte first, mono
+    for block in samples.reshape(-1, 256).tolist():
+        bits += uvar(0, 2) + uvar(11, 3)
+        bits += "".join(uvar(2 * s if s >= 0 else -2 * s - 1, 12) for s in block)
+    bits += uvar(4, 2)
+    bits += "0" * (-len(bits) % 8)
+    return b"ajkg\2" + int(bits, 2).to_bytes(len(bits) // 8, "big")
 
 
-def write_sphere(path, audio, compressed):
+def write_sphere(path, audio):
+    """As WSJ0 ships, at 16 kHz."""
     samples = np.round(audio * 32767).astype(np.int16)
-    head = f"NIST_1A\n   1024\nsample_count -i {len(samples)}\nsample_rate -i 16000\nchannel_count -i 1\n"
-    head += f"sample_n_bytes -i 2\nsample_byte_format -s2 {'01' if compressed else '10'}\nsample_coding "
-    head += "-s26 pcm,embedded-shorten-v2.00\nend_head\n" if compressed else "-s3 pcm\nend_head\n"
-    path.write_bytes(head.encode().ljust(1024) + (shorten(samples) if compressed else samples.astype(">i2").tobytes()))
+    head = (
+        f"NIST_1A\n   1024\nsample_count -i {len(samples)}\nsample_rate -i 16000\n"
+        "channel_count -i 1\nsample_n_bytes -i 2\nsample_byte_format -s2 01\n"
+        "sample_coding -s26 pcm,embedded-shorten-v2.00\nend_head\n"
+    )
+    path.write_bytes(head.encode().ljust(1024) + shorten(samples))
 
 
-TONES = {"01aa010b": (440, 0.5, 2.0, 0.0), "209a010p": (700, 0.05, 1.0, 1.5), "053o020f": (440, -0.2, 2.5, 0.5)}
+# Utterances of WSJ0: a tone's pitch, its amplitude, its seconds, and those of silence after it.
+TONES = {
+    "01aa010b": (440, 0.5, 2.0, 0.0),
+    "209a010p": (700, 0.05, 1.0, 1.5),
+    "053o020f": (440, -0.2, 2.5, 0.5),
+}
 
 
 @pytest.fixture
-def wsj0(tmp_path) -> Path:
-    """Three tones as WSJ0 may lie on a disk, the first compressed by Shorten and with a louder hum of 50 Hz."""
-    for (name, (hertz, amplitude, on, pause)), suffix in zip(TONES.items(), (".wv1", ".WV1", ".wav")):
+def wsj0(tmp_path):
+    """Three tones as WSJ0 may lie on a disk, the first compressed, and louder its hum of 50 Hz."""
+    folder = tmp_path / "disc" / "wsj0" / "si_tr_s"
+    for name, (hertz, amplitude, on, pause) in TONES.items():
         time = np.arange(round((on + pause) * 16000)) / 16000
-        audio = amplitude * np.sin(2 * np.pi * hertz * time) * (time < on)
-        path = tmp_path / "disc" / "wsj0" / "si_tr_s" / name[:3] / (name + suffix)
-        path.parent.mkdir(parents=True)
-        if suffix == ".wav":
-            sf.write(path, audio, 16000)
+        audio = 0.8 * amplitude * np.sin(2 * np.pi * hertz * time) * (time < on)
+        (folder / name[:3]).mkdir(parents=True)
+        if name == "01aa010b":
+            hum = 0.56 * np.sin(2 * np.pi * 50 * time)
+            write_sphere(folder / "01a" / "01aa010b.WV1", audio + hum)
         else:
-            hum = 0.7 * np.sin(2 * np.pi * 50 * time) * (name == "01aa010b")
-            write_sphere(path, 0.8 * (audio + hum), compressed=suffix == ".wv1")
+            sf.write(folder / name[:3] / f"{name}.wav", audio, 16000)
+    one, two, three = (f"wsj0/si_tr_s/{name[:3]}/{name}.wav" for name in TONES)
     (tmp_path / "lists").mkdir()
-    paths = [f"wsj0/si_tr_s/{name[:3]}/{name}.wav" for name in TONES]
-    lines = [f"{paths[0]} 0.97482 {paths[1]} -0.97482", f"{paths[2]} 0.0597142 {paths[0]} -0.0597142"]
-    (tmp_path / "lists" / "mix_2_spk_tr.txt").write_text("\n".join(lines) + "\n")
-    (tmp_path / "lists" / "mix_3_spk_tt.txt").write_text(f"{paths[0]} 2.5 {paths[1]} 0 {paths[2]} -2.5\n")
+    lines = f"{one} 0.97482 {two} -0.97482\n{three} 0.0597142 {one} -0.0597142\n"
+    (tmp_path / "lists" / "mix_2_spk_tr.txt").write_text(lines)
+    (tmp_path / "lists" / "mix_3_spk_tt.txt").write_text(f"{one} 2.5 {two} 0 {three} -2.5\n")
     return tmp_path
 
 
-def test_wsj0_mixtures_follow_the_published_recipe(wsj0, monkeypatch):
-    rates_and_modes = "--sample_rate", 8000, 16000, "--mode", "min", "max"
-    for root in ("disc", "disc/wsj0"):
-        out = wsj0 / f"out of {root.replace('/', '_')}"
-        folders = "--wsj0", wsj0 / root, "--lists", wsj0 / "lists", "--out", out
-        program("recipes.wsj0_mix", monkeypatch, *folders, *rates_and_modes)
-    expected = {  # names as published: five digits of the level
-        "2speakers/{}/{}/tr": ["01aa010b_0.97482_209a010p_-0.97482", "053o020f_0.059714_01aa010b_-0.059714"],
-        "3speakers/{}/{}/tt": ["01aa010b_2.5_209a010p_0_053o020f_-2.5"],
-    }
-    for rate, mode, (folder, names) in itertools.product((8000, 16000), ("min", "max"), expected.items()):
-        folder = out / folder.format(f"wav{rate // 1000}k", mode)
-        fixed = FixedMixtures(folder, rate)
-        assert [item["name"] for item in fixed] == names and fixed.n_speakers == int(folder.parts[-4][0])
-        assert {p.name for p in folder.iterdir()} == {"mix", *(f"s{k + 1}" for k in range(fixed.n_speakers))}
-        for item in fixed:
-            parts = item["name"].split("_")
-            tones = [TONES[name] for name in parts[::2]]
-            assert len(item["mixture"]) == {"min": min, "max": max}[mode](on + off for *_, on, off in tones) * rate
-            assert np.abs(item["sources"].sum(0) - item["mixture"]).max() <= 2 / 32768
-            assert max(np.abs(item["sources"]).max(), np.abs(item["mixture"]).max()) == round(0.9 * 32768) / 32768
-            levels = []
-            for source, (hertz, _, on, pause) in zip(item["sources"], tones):
-                wave = np.exp(-2j * np.pi * hertz * np.arange(rate) / rate)
-                amplitude = 2 * np.abs(np.mean(source[:rate] * wave))  # its hum has no part in this
-                levels.append(p56_level(amplitude, on, pause)[0])
-            wanted = [float(level) for level in parts[1::2]]
-            assert np.subtract(levels, levels[0]) == pytest.approx(np.subtract(wanted, wanted[0]), abs=0.1)
+def test_wsj0_mixtures_follow_the_published_recipe(wsj0):
+    make_wsj0_mix(wsj0 / "disc", wsj0 / "lists", wsj0 / "out", (8000, 16000), ("min", "max"))
+    # The published names show five digits of a level.
+    two = ["01aa010b_0.97482_209a010p_-0.97482", "053o020f_0.059714_01aa010b_-0.059714"]
+    three = ["01aa010b_2.5_209a010p_0_053o020f_-2.5"]
+    for rate, mode in itertools.product((8000, 16000), (min, max)):
+        for n, split, names in ((2, "tr", two), (3, "tt", three)):
+            folder = f"{n}speakers/wav{rate // 1000}k/{mode.__name__}/{split}"
+            fixed = FixedMixtures(wsj0 / "out" / folder, rate, n)
+            assert [item["name"] for item in fixed] == names
+            for item in fixed:
+                check_wsj0_mixture(item, rate, mode)
+    shutil.rmtree(wsj0 / "disc" / "wsj0" / "si_tr_s" / "209")
+    with refused("209a010p.wav is missing below .*, and 1 of 3 utterances"):
+        make_wsj0_mix(wsj0 / "disc", wsj0 / "lists", wsj0 / "more")
+    assert not (wsj0 / "more").exists()
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("wsj0/si_tr_s/01a/01aa010b.wav 1.0 wsj0/si_tr_s/209/209a010z.wav -1.0", "209a010z.wav is missing below"),
-        ("wsj0/si_tr_s/01a/01aa010b.wav 1.0 wsj0/si_tr_s/209/209a010p.wav", "line 3, isn't 2 times"),
-        ("wsj0/si_tr_s/01a/01aa010b.wav loud wsj0/si_tr_s/209/209a010p.wav soft", "line 3, isn't 2 times"),
-        ("wsj0/si_tr_s/01a/01aa010b.wav nan wsj0/si_tr_s/209/209a010p.wav 0", "line 3, isn't 2 times"),
-        ("wsj0/si_tr_s/01a/01aa010b.wav 0 wsj0/si_tr_s/053/silent.wav 0", "silent.wav is silent"),
-        ("wsj0/si_tr_s/01a/01aa010b.wav 0 wsj0/si_tr_s/053/broken.wav 0", "can't read .*broken.wv1"),
-    ],
-)
-def test_wsj0_mistakes_are_named_and_leave_nothing_behind(wsj0, monkeypatch, line, message):
-    folder = wsj0 / "disc" / "wsj0" / "si_tr_s" / "053"
-    sf.write(folder / "silent.wav", np.zeros(16000), 16000)
-    write_sphere(folder / "broken.wv1", np.ones(16000), compressed=True)
-    (folder / "broken.wv1").write_bytes((folder / "broken.wv1").read_bytes()[:5000])
-    with open(wsj0 / "lists" / "mix_2_spk_tr.txt", "a") as file:
-        file.write(line + "\n")
-    folders = "--wsj0", wsj0 / "disc", "--out", wsj0 / "out"
-    with pytest.raises(DataError, match=message) as caught:
-        program("recipes.wsj0_mix", monkeypatch, *folders, "--lists", wsj0 / "lists")
-    assert "\n" not in str(caught.value) and sorted(p.name for p in wsj0.iterdir()) == ["disc", "lists"]
-    with pytest.raises(DataError, match="holds no lists"):
-        program("recipes.wsj0_mix", monkeypatch, *folders, "--lists", wsj0 / "disc")
+def check_wsj0_mixture(item, rate, mode):
+    """mode: min, cut to the shortest of its utterances, or max."""
+    parts = item["name"].split("_")
+    tones = [TONES[name] for name in parts[::2]]
+    assert len(item["mixture"]) == mode(on + pause for _, _, on, pause in tones) * rate
+    assert np.abs(item["sources"].sum(0) - item["mixture"]).max() <= 2 / 32768
+    loudest = max(np.abs(item["sources"]).max(), np.abs(item["mixture"]).max())
+    assert loudest == round(0.9 * 32768) / 32768
+    levels = []
+    for source, (hertz, _, on, pause) in zip(item["sources"], tones):
+        wave = np.exp(-2j * np.pi * hertz * np.arange(rate) / rate)
+        amplitude = 2 * np.abs(np.mean(source[:rate] * wave))  # its hum has no part in this
+        levels.append(p56_level(amplitude, on, pause)[0])
+    wanted = [float(level) for level in parts[1::2]]
+    assert np.diff(levels) == pytest.approx(np.diff(wanted), abs=0.1)
 
 
-def test_wsj0_as_it_ships_becomes_a_folder_of_speakers(wsj0, monkeypatch):
-    with pytest.raises(DataError, match="1 speaker folder"):  # wv1 isn't read on the fly
-        SpeakerMixtures(wsj0 / "disc", 8000)
-    program("recipes.wsj0_mix", monkeypatch, "--wsj0", wsj0 / "disc", "--speakers", "--out", wsj0 / "speakers")
-    speakers = data.list_speakers(wsj0 / "speakers")
-    assert {name: [p.name for p in files] for name, files in speakers.items()} == {
-        "01a": ["si_tr_s_01aa010b.flac"], "053": ["si_tr_s_053o020f.flac"], "209": ["si_tr_s_209a010p.flac"]
-    }  # fmt: skip
+def test_wsj0_as_it_ships_becomes_a_folder_of_speakers(wsj0):
+    make_speaker_folders(wsj0 / "disc", wsj0 / "speakers")
+    speakers = list_speakers(wsj0 / "speakers", Recordings())
+    names = {speaker: [path.name for path in files] for speaker, files in speakers.items()}
+    assert names == {name[:3]: [f"si_tr_s_{name}.flac"] for name in TONES}
     audio, rate = read_audio(speakers["209"][0])
-    original, _ = wsj0_mix.read_utterance(wsj0 / "disc" / "wsj0" / "si_tr_s" / "209" / "209a010p.WV1")
-    assert rate == 16000 and np.array_equal(audio, original)
+    original, _ = read_audio(wsj0 / "disc" / "wsj0" / "si_tr_s" / "209" / "209a010p.wav")
+    assert rate == 16000
+    assert np.array_equal(audio, original)
 
 
-def test_librimix_is_read_with_and_without_noise(tmp_path):
-    """As create_librimix_from_metadata.py lays it out."""
-    root = tmp_path / "Libri2Mix" / "wav8k" / "min" / "test"
-    for k, length in enumerate((8000, 6000, 7000)):
-        s1, s2, noise = np.random.default_rng(k).integers(-9000, 9000, (3, length)).astype(np.int16)
-        signals = {"s1": s1, "s2": s2, "noise": noise, "mix_clean": s1 + s2, "mix_both": s1 + s2 + noise}
-        for folder, signal in signals.items():
-            (root / folder).mkdir(parents=True, exist_ok=True)
-            sf.write(root / folder / f"{k}-a_{k}-b.wav", signal, 8000, subtype="PCM_16")
-    read = lambda folder, name: read_audio(root / folder / f"{name}.wav")[0]  # noqa: E731
-    clean, both = FixedMixtures(root, 8000), FixedMixtures(root, 8000, mix_folder="mix_both")
-    assert [len(item["mixture"]) for item in clean] == [8000, 6000, 7000] and clean.n_speakers == 2
-    for a, b in zip(clean, both):
-        assert np.array_equal(a["mixture"], a["sources"].sum(0)) and np.array_equal(a["sources"], b["sources"])
-        assert np.array_equal(b["mixture"], b["sources"].sum(0) + read("noise", b["name"]))
-    (root / "s1" / "extra.wav").touch()  # nothing asks for it
-    assert len(FixedMixtures(root, 8000)) == 3
-
-
-def test_a_recording_that_cannot_be_searched_is_read_from_its_start(tmp_path):
-    tone = 0.3 * np.sin(0.3 * np.arange(16000))
-    sf.write(tmp_path / "tone.gsm", tone, 8000, format="RAW", subtype="GSM610")
-    audio, rate = read_audio(tmp_path / "tone.gsm")
-    assert rate == 8000 and len(audio) == 16000 and np.corrcoef(audio, tone)[0, 1] > 0.99
-
-
-def test_voices_of_one_kind_never_come_in_two_splits():
-    testing = {voice.split("_")[1] for voice in debian_speech.VOICES if voice.startswith("ktuberling")}
-    readers = {voice.split("_")[1] for voice in debian_speech.MORE_VOICES if voice.startswith("klettres")}
-    assert len(testing) == 13 and len(readers) == 9 and not testing & readers  # both are read by KDE's people
-    assert not debian_speech.VOICES.keys() & debian_speech.MORE_VOICES.keys()
-    assert debian_speech.VALID_VOICES < debian_speech.VOICES.keys()
-
-
-def test_librispeech_speakers_set_apart_are_never_trained_on(tmp_path, monkeypatch):
-    valid, test = set(librispeech.VALID), set(librispeech.TEST)
-    assert len(valid) == len(test) == 20 and not valid & test
-    for speaker in (*valid, *test, "19", "26"):
-        write_tone(tmp_path / "in" / speaker / "1" / f"{speaker}-1-0000.flac", 300, rate=16000, seconds=0.1)
-    (tmp_path / "in" / "SPEAKERS.TXT").touch()
-    program("recipes.librispeech", monkeypatch, "--librispeech", tmp_path / "in", "--out", tmp_path / "out")
-    found = {split: set(data.list_speakers(tmp_path / "out" / split)) for split in ("train", "valid", "test")}
-    assert found == {"train": {"19", "26"}, "valid": valid, "test": test}
-    assert sf.info(tmp_path / "out" / "train" / "19" / "19-1-0000.flac").samplerate == 8000
+def test_librispeech_speakers_set_apart_are_never_trained_on(tmp_path):
+    splits = dict(train={"19", "26"}, valid=set(librispeech.VALID), test=set(librispeech.TEST))
+    for speaker in set().union(*splits.values()):
+        path = tmp_path / "in" / speaker / "1" / f"{speaker}-1-0000.flac"
+        write_tone(path, rate=16000, seconds=0.1)
+    counts = librispeech.build(tmp_path / "in", tmp_path / "out")
+    assert counts == {"train": 2, "valid": 20, "test": 20}
+    for split, speakers in splits.items():
+        assert {path.name for path in (tmp_path / "out" / split).iterdir()} == speakers
     shutil.rmtree(tmp_path / "in" / "254")
-    with pytest.raises(DataError, match="lacks 1 of the 40 speakers set apart, 254"):
+    with refused("lacks 1 of the 40 speakers set apart, 254"):
         librispeech.build(tmp_path / "in", tmp_path / "again")
 
 
-def write_noise(folder, n=3, seconds=0.3):
-    for k in range(n):  # short, stereo and in subfolders, like WHAM!'s
-        path = folder / "tr" / f"{k}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sf.write(path, np.random.default_rng(k).normal(0, 0.1, (round(seconds * 16000), 2)), 16000)
-    return folder
+def test_debian_voices_of_one_kind_never_come_in_two_splits():
+    testing = {voice.split("_")[1] for voice in VOICES if voice.startswith("ktuberling")}
+    readers = {voice.split("_")[1] for voice in MORE_VOICES if voice.startswith("klettres")}
+    assert (len(testing), len(readers)) == (13, 9)
+    assert not testing & readers  # both are read by KDE's people
+    assert not VOICES.keys() & MORE_VOICES.keys()
+    assert VALID_VOICES < VOICES.keys()
 
 
-@pytest.mark.parametrize("rate", [8000, 16000])
-def test_noise_is_mixed_at_the_chosen_snr_and_only_into_the_mixture(tmp_path, rate):
-    noise = write_noise(tmp_path / "noise")
-
-    def snr(item):
-        speech = item["sources"].sum(0)
-        return level_db(speech) - level_db(item["mixture"] - speech)
-
-    for n_speakers in (2, 5):
-        clean = SpeakerMixtures(SPEECH, rate, 0.5, 20, n_speakers=n_speakers)
-        exact, spread = (
-            SpeakerMixtures(SPEECH, rate, 0.5, 20, n_speakers=n_speakers, noise=noise, snr=snr)
-            for snr in ((5, 5), (-6, 3))
-        )
-        assert all(snr(exact[k]) == pytest.approx(5, abs=1e-3) for k in range(5))
-        spread_snr = [snr(spread[k]) for k in range(20)]
-        assert -6.001 <= min(spread_snr) < -4 and 1 < max(spread_snr) <= 3.001
-        a, b = clean[3], spread[3]
-        gain = np.linalg.norm(b["sources"]) / np.linalg.norm(a["sources"])
-        assert a["name"] == b["name"] and len(set(a["name"].split("_"))) == n_speakers == len(b["sources"])
-        assert np.allclose(a["sources"] * gain, b["sources"], atol=1e-5) and same(b, spread[3])
-        assert b["mixture"].shape == (rate // 2,) and np.abs(b["mixture"]).max() <= 0.9001
+TALKERS = tempfile.TemporaryDirectory()
+SHORT = dict(**TINY, seconds=0.5, valid_size=2, workers=0, epoch_size=8, batch_size=4, epochs=2)
+SHORT |= dict(data=TALKERS.name, valid=TALKERS.name)
 
 
-def test_a_noisy_fixed_set_reads_back_sample_exact(tmp_path, monkeypatch):
-    noise = write_noise(tmp_path / "noise")
-    settings = "--sample_rate 16000 --n 3 --seconds 0.5 --n_speakers 3 --snr -2 4".split()
-    program("recipes.mix", monkeypatch, "--speech", SPEECH, "--noise", noise, "--out", tmp_path / "set", *settings)
-    original = SpeakerMixtures(SPEECH, 16000, 0.5, 3, n_speakers=3, noise=noise, snr=(-2, 4))
-    fixed = FixedMixtures(tmp_path / "set", 16000)
-    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["mix_both", "noise", "s1", "s2", "s3"]
-    for item, wanted, path in zip(fixed, original, sorted((tmp_path / "set" / "noise").iterdir())):
-        assert np.array_equal(item["mixture"], item["sources"].sum(0) + read_audio(path)[0])
-        assert np.abs(item["sources"] - wanted["sources"]).max() <= 0.5001 / 32768
-        assert np.abs(item["mixture"] - wanted["mixture"]).max() <= 2.001 / 32768
-    assert len(fixed) == 3
+@pytest.fixture(scope="session", autouse=True)
+def voices():
+    """Four seconds each of three bundled voices, quick to read."""
+    for voice in ("carlo", "june", "allison"):
+        audio, rate = read_audio(SPEECH / voice / "01.ogg", 8000, 32000)
+        Path(TALKERS.name, voice).mkdir()
+        sf.write(Path(TALKERS.name, voice, "a.wav"), audio, rate)
 
 
-def test_wrong_noise_and_numbers_of_speakers_are_refused(tmp_path, monkeypatch):
-    (tmp_path / "empty").mkdir()
-    sf.write(tmp_path / "silent.wav", np.zeros(8000), 8000)
-    for settings, message in (
-        (dict(noise=tmp_path / "empty"), "empty holds no wav"),
-        (dict(noise=tmp_path, snr=(3, -6)), "from low to high"),
-        (dict(n_speakers=6), "2 to 5"),
-        (dict(n_speakers=1), "2 to 5"),
-    ):
-        with pytest.raises(DataError, match=message):
-            SpeakerMixtures(SPEECH, 8000, 0.5, 1, **settings)
-    with pytest.raises(DataError, match="20 segments of the noise in a row were silent"):
-        SpeakerMixtures(SPEECH, 8000, 0.5, 1, noise=tmp_path)[0]
-    with pytest.raises(DataError, match="needs --noise"):
-        program("recipes.mix", monkeypatch, "--speech", SPEECH, "--out", tmp_path / "set", "--snr", 0, 5)
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Each test runs in an empty folder, so that nothing depends on where a program is called."""
+    monkeypatch.chdir(tmp_path)
 
 
-def test_broken_headers_are_named_when_the_folder_is_opened(tmp_path):
-    for voice in ("a", "b"):
-        write_tone(tmp_path / voice / "x.wav", 300)
-    (tmp_path / "a" / "broken.wav").write_text("no audio here")
-    sf.write(tmp_path / "b" / "empty.wav", np.zeros(0), 8000)
-    with pytest.raises(DataError, match=r"a/broken.wav as audio .*, nor 1 more: ") as caught:
-        SpeakerMixtures(tmp_path, 8000, 1.0, 1)
-    assert "\n" not in str(caught.value)
-
-
-def test_latents_of_a_set_are_its_own_and_train_as_fresh_ones_do(tmp_path, codec):
-    write_fixed_set(SpeakerMixtures(SPEECH, 8000, 0.5, 6), tmp_path / "set")
-    write_latents(FixedMixtures(tmp_path / "set", 8000), codec, tmp_path / "latents")
-    flags = ["--speeds", 100, "--epochs", 2, "--batch_size", 3, "--seconds", 0.5, "--valid", tmp_path / "set"]
-    run_train("--out", tmp_path / "fresh", "--data", tmp_path / "set", *flags)
-    run_train("--out", tmp_path / "written", "--data", tmp_path / "latents", *flags)
-    fresh, written = ([float(r["loss"]) for r in logged(tmp_path / run, "steps.csv")] for run in ("fresh", "written"))
-    assert len(fresh) == 4 and fresh == pytest.approx(written, abs=0.01)
-    with pytest.raises(DataError, match="exists already"):  # another set's latents are never mixed with these
-        write_latents(FixedMixtures(tmp_path / "set", 8000), codec, tmp_path / "latents")
-    broken = sorted((tmp_path / "latents").glob("*.npy"))[2]
-    broken.write_bytes(broken.read_bytes()[:500])  # left out like a broken recording
-    sorted((tmp_path / "latents").glob("*.npy"))[4].write_bytes(b"")
-    run_train("--out", tmp_path / "broken", "--data", tmp_path / "latents", *flags)
-    assert int(logged(tmp_path / "broken")[-1]["broken"]) == 4
-    for wrong, message in (
-        (["--loss", "si_sdr"], "use --codec so and --loss embedding"),
-        (["--speeds", 90, 100], "give --speeds 100"),
-        (["--valid", tmp_path / "latents"], "can't be scored"),
-        (["--n_speakers", 3], "is of 2 speakers at 8000 Hz"),
-    ):
-        with pytest.raises((SettingsError, DataError), match=message):
-            run_train("--out", tmp_path / "wrong", "--data", tmp_path / "latents", *flags, *wrong)
-
-
-# The programs ---------------------------------------------------------------------------------------------------------
-
-
-SHORT = "--d_model 16 --n_layers 1 --n_heads 2 --d_ffn 32 --seconds 0.5 --valid_size 2 --workers 0".split()
-
-
-def run(*command):
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=HERE, timeout=240)
-
-
-def run_train(*flags):
-    train.train(*parse_args([*SHORT, *map(str, flags)]))
-
-
-def logged(folder, name="log.csv") -> list[dict]:
-    with open(folder / name) as file:
-        return list(csv.DictReader(file))
-
-
-def weights_of(folder) -> dict:
-    return torch.load(folder / "last.pt", weights_only=True)["model"]
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A separator trained for two updates."""
-    out = tmp_path_factory.mktemp("run") / "r"
-    run_train("--out", out, "--epochs", 2, "--epoch_size", 4, "--batch_size", 4)
-    return out
-
-
-@pytest.fixture(scope="module")
-def small_set(tmp_path_factory):
-    out = tmp_path_factory.mktemp("set") / "set"
-    write_fixed_set(SpeakerMixtures(SPEECH.parent / "valid", 8000, 1.0, 3), out)
+    """The folder of a run of four updates."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    begin(out)
     return out
 
 
 @pytest.fixture
-def scored_here(monkeypatch):
-    """Scores in this process, which spares the tests the start of others; holds how many were asked for."""
-    asked = []
-    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", lambda n, *_: asked.append(n) or ThreadPoolExecutor(1))
-    return asked
+def call(monkeypatch, capsys):
+    """call("evaluate", flags ...) runs a program's main here, and returns what it printed."""
+
+    def run_main(name, *line) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, line)])
+        capsys.readouterr()
+        import_module(name).main()
+        return "".join(capsys.readouterr())
+
+    return run_main
 
 
-def test_a_run_repeats_and_resumes_to_the_same_weights(tmp_path, monkeypatch, curves):
-    monkeypatch.setattr(train, "draw", curves)
-    flags = ["--epoch_size", 8, "--batch_size", 4, "--epochs", 2]
-    run_train("--out", tmp_path / "a", *flags)
-    run_train("--out", tmp_path / "b", *flags)
-    save_last, calls = checkpoint.RunFolder.save_last, []
+@pytest.fixture
+def mistake(call, capsys):
+    """mistake("evaluate", flags ...) is the one line in which that program ends."""
 
-    def killed_in_the_second_epoch(folder, state):
-        save_last(folder, state)
-        calls.append(state["progress"]["done"])
-        if calls[-1] == 3:
+    def run_main(name, *line) -> str:
+        with pytest.raises((UserError, SystemExit)) as caught:
+            call(name, *line)
+        message = str(caught.value)
+        if isinstance(caught.value, SystemExit):
+            assert caught.value.code == 2
+            message = capsys.readouterr().err.strip()
+        assert "\n" not in message, message
+        return message
+
+    return run_main
+
+
+def words(**settings) -> list[str]:
+    """Settings on a command line; True stands for a flag without a value, a list for several."""
+    line = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        line += [f"--{name}", *(str(word) for word in values if word is not True)]
+    return line
+
+
+def flags(**changes) -> list[str]:
+    """Of a short run."""
+    return words(**{**SHORT, **changes})
+
+
+def begin(out, **changes):
+    train.train(*train.read_flags(flags(out=out, **changes)))
+
+
+def go_on(out, **changes):
+    train.train(*train.read_flags(words(resume=True, out=out, **changes)))
+
+
+def table(folder, name="steps.csv") -> list[dict]:
+    """The rows of a log, without what the clock says."""
+    with open(Path(folder, name), newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def losses_of(folder) -> list[float]:
+    return [float(row["loss"]) for row in table(folder)]
+
+
+def saved(folder, name="last.pt") -> dict:
+    return torch.load(Path(folder, name), weights_only=True)
+
+
+def same_weights(one, other, name="last.pt") -> bool:
+    one, other = (saved(folder, name)["model"] for folder in (one, other))
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def same_run(one, other) -> bool:
+    """Whether two runs ended in the same weights, the best and the last, and the same logs."""
+    weights = [same_weights(one, other, name) for name in ("best.pt", "last.pt")]
+    return all(weights + [table(one, n) == table(other, n) for n in ("steps.csv", "log.csv")])
+
+
+def write_set(folder, mixtures: dict, rate=8000):
+    """A fixed set of {name: sources [2, T]}."""
+    for name, sources in mixtures.items():
+        for part, wav in zip(("mix", "s1", "s2"), (sum(sources), *sources)):
+            Path(folder, part).mkdir(parents=True, exist_ok=True)
+            sf.write(Path(folder, part, f"{name}.wav"), wav, rate, "FLOAT")
+
+
+def break_off(path):
+    path.write_bytes(path.read_bytes()[:1000])  # its header is whole
+
+
+def their_si_sdr(estimate, source) -> float:
+    """torchmetrics'."""
+    pair = torch.as_tensor(estimate), torch.as_tensor(source)
+    return float(scale_invariant_signal_distortion_ratio(*pair, zero_mean=True))
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def stopping(function, at: int):
+    """The function, whose call of that number ends like Ctrl-C once it has done its work."""
+    calls = itertools.count(1)
+
+    def stops(*args, **kwargs):
+        answer = function(*args, **kwargs)
+        if next(calls) == at:
             raise KeyboardInterrupt
+        return answer
 
+    return stops
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    begin(out, batch_size=2, dropout=0.2)
+    return out
+
+
+@pytest.mark.parametrize(
+    "place, at", [("add_row", 3), ("add_row", 7), ("validate", 2), ("save_best", 1)]
+)
+def test_a_resumed_run_repeats_the_unbroken_one(unbroken, monkeypatch, place, at):
+    """To the last bit, wherever it stopped, and however many processes make its mixtures."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(checkpoint.RunFolder, "save_last", killed_in_the_second_epoch)
-        run_train("--out", tmp_path / "c", *flags, "--save_every", 1)
-    train.train(*parse_args(["--resume", "--out", str(tmp_path / "c")]))
-    a, b, c = (weights_of(tmp_path / x) for x in "abc")
-    for other in (b, c):
-        assert all(torch.equal(a[k], other[k]) for k in a)
-    for name in ("steps.csv", "log.csv"):
-        one, other = logged(tmp_path / "a", name), logged(tmp_path / "c", name)
-        for row in (*one, *other):
-            row.pop("seconds", None), row.pop("mixtures_per_second", None)
-        assert one == other
-    assert (tmp_path / "a" / "curves.png").stat().st_size > 5000
-
-
-def test_a_resumed_run_takes_every_setting_from_its_checkpoint(tmp_path, capsys, damaged):
-    out = tmp_path / "r"
-    flags = ["--loss", "si_sdr", "--lr", 3e-4, "--threshold", -20, "--data", damaged, "--epoch_size", 8]
-    run_train("--out", out, *flags, "--batch_size", 2, "--accumulate", 2, "--epochs", 1)
-    resume = lambda *more: train.train(*parse_args(["--resume", "--out", str(out), *map(str, more)]))  # noqa: E731
-    for change, message in (
-        (["--lr", 1e-3], "--lr of the run in --out, 0.0003, can't change"),
-        (["--loss", "embedding"], "--loss of the run in --out, si_sdr"),
-        (["--d_model", 32], "--d_model of the run in --out, 16"),
-        (["--batch_size", 3], "--batch_size 3 and --accumulate 2 make 6 mixtures an update, the run has 4"),
-    ):
-        with pytest.raises(SettingsError, match=re.escape(message)):
-            resume(*change)
-    capsys.readouterr()
-    resume("--batch_size", 4, "--accumulate", 1, "--epochs", 2, "--save_every", 7, "--lr", 3e-4)
-    printed = capsys.readouterr().out
-    assert "--epochs 2 in place of 1, over which the cosine now falls" in printed
-    assert "--save_every 7 in place of 200" in printed and "--lr" not in printed and "--threshold" not in printed
-    saved, written = load_checkpoint(out / "best.pt")["args"], json.loads((out / "args.json").read_text())
-    for args in (saved, written):
-        assert (args["loss"], args["lr"], args["data"], args["threshold"]) == ("si_sdr", 3e-4, str(damaged), -20)
-        assert (args["batch_size"], args["epochs"]) == (4, 2)
-    assert [int(row["step"]) for row in logged(out)] == [0, 2, 4]
+        patched.setattr(train, place, stopping(getattr(train, place), at))
+        begin("run", batch_size=2, dropout=0.2, save_every=2)
+    go_on("run", workers=2)
+    assert len(table(unbroken)) == 8 and same_run(unbroken, "run")
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
-def test_a_smoke_run_ends_where_it_is_told_and_goes_on_as_if_it_had_not(schedule, tmp_path, monkeypatch):
-    flags = ["--epoch_size", 12, "--batch_size", 4, "--epochs", 2, "--warmup", 4, "--schedule", schedule]
-    flags += ["--plateau_start", 0, "--patience", 1]
-    if schedule == "plateau":  # no gain: the rate is halved after two epochs, wherever else it was validated
-        monkeypatch.setattr(train, "validate", lambda run, folder: 5.0)
-    run_train("--out", tmp_path / "whole", *flags)
-    run_train("--out", tmp_path / "part", *flags, "--max_steps", 2)
-    assert [(r["epoch"], r["step"]) for r in logged(tmp_path / "part")] == [("0", "0"), ("0", "2")]
-    with pytest.raises(SettingsError, match="has ended after 2 updates"):
-        train.train(*parse_args(["--resume", "--out", str(tmp_path / "part")]))
-    with pytest.raises(SettingsError, match="raise --max_steps"):  # raising the epochs would change nothing
-        train.train(*parse_args(["--resume", "--out", str(tmp_path / "part"), "--epochs", "3"]))
-    train.train(*parse_args(["--resume", "--out", str(tmp_path / "part"), "--max_steps", "100"]))
-    whole, part = (logged(tmp_path / name, "steps.csv") for name in ("whole", "part"))
-    assert len(whole) == 6 and whole == part
-    rates = [float(row["lr"]) for row in whole]
-    expected = [1e-3 * (s + 1) / 4 * (0.01 + 0.495 * (1 + math.cos(math.pi * s / 6))) for s in range(3)]
-    assert rates[:3] == pytest.approx(expected if schedule == "cosine" else [1e-3] * 3)
+def test_a_run_that_ended_early_goes_on_as_if_it_had_not(schedule, monkeypatch):
+    monkeypatch.setattr(train, "validate", lambda *_: 5.0)  # no gain
+    run = dict(schedule=schedule, warmup=4, plateau_start=0, patience=0, batch_size=2, epochs=3)
+    begin("whole", **run)
+    begin("part", **run, max_steps=6)
+    with refused("ended after 6 updates: raise --epochs or --max_steps"):
+        go_on("part")
+    go_on("part", max_steps=100)
+    assert [row["step"] for row in table("part", "log.csv")] == ["4", "6", "8", "12"]
+    assert table("whole") == table("part")
+    # Up in four updates, down along a cosine to a hundredth; or halved where nothing was gained.
+    expected = [1e-3] * 8 + [5e-4] * 4
+    if schedule == "cosine":
+        k = np.arange(12)
+        fall = 0.01 + 0.99 * (1 + np.cos(np.pi * k / 12)) / 2
+        expected = 1e-3 * np.minimum((k + 1) / 4, 1) * fall
+    assert [float(row["lr"]) for row in table("whole")] == pytest.approx(list(expected))
 
 
-def test_a_run_without_mixed_precision_is_resumed_with_it(tmp_path, monkeypatch):
-    """As where a run of a CPU goes on on a GPU that only has fp16, whose losses are scaled."""
-    run_train("--out", tmp_path / "r", "--epoch_size", 4, "--batch_size", 4, "--epochs", 1)
-    monkeypatch.setattr(train, "mixed_precision", lambda *_: torch.float16)
-    for epochs in (2, 3):  # and then with a scaler's state
-        train.train(*parse_args(["--resume", "--out", str(tmp_path / "r"), "--epochs", str(epochs)]))
-    scaler = torch.load(tmp_path / "r" / "last.pt", weights_only=True)["scaler"]
-    assert scaler["scale"] > 1 and scaler["_growth_tracker"] == 2
+def test_a_resumed_run_keeps_its_settings_but_those_that_may_change():
+    begin("run", loss="si_sdr", lr=3e-4, epochs=1)
+    for name, value in dict(lr=1e-3, loss="embedding", d_model=32, speeds=[100]).items():
+        with refused(f"--{name} was .* in this run: .* --init"):
+            go_on("run", **{name: value})
+    go_on("run", epochs=2, save_every=7, lr=3e-4)
+    for kept in (saved("run", "best.pt")["settings"], json.load(open("run/settings.json"))):
+        assert (kept["loss"], kept["lr"], kept["d_model"]) == ("si_sdr", 3e-4, 16)
+        assert (kept["epochs"], kept["save_every"]) == (2, 7)
 
 
-def test_workers_that_outlive_an_epoch_make_other_mixtures_in_the_next(tmp_path):
-    flags = ["--epoch_size", 6, "--batch_size", 3, "--epochs", 2]
-    run_train("--out", tmp_path / "0", *flags)
-    run_train("--out", tmp_path / "2", *flags, "--workers", 2)
-    here, there = (logged(tmp_path / name, "steps.csv") for name in "02")
-    assert here == there
-    dataset = train.SkipBroken(SpeakerMixtures(SPEECH, 8000, 0.5, 6))
-    assert not same(dataset[0, 1], dataset[1, 1])
+def test_a_resumed_log_holds_one_row_for_each_update_of_the_checkpoint():
+    """However it was left: rows that are torn or come after it are left out, others kept."""
+    begin("run", batch_size=2, epochs=1)
+    header, first, *_, fourth = Path("run/steps.csv").read_text().splitlines()
+    later = fourth.replace("4", "5", 1)
+    for lines, kept in (([header, first, fourth, later, "1"], [first, fourth]), ([], [])):
+        folder = Path(f"{len(lines)}")
+        shutil.copytree("run", folder)
+        (folder / "steps.csv").write_text("\n".join(lines))
+        go_on(folder, epochs=2)
+        log = (folder / "steps.csv").read_text()
+        assert log.splitlines()[: 1 + len(kept)] == [header, *kept] and "\0" not in log
+        assert [row["step"] for row in table(folder)][len(kept) :] == ["5", "6", "7", "8"]
 
 
-def test_an_error_that_nobody_foresaw_ends_the_run_and_its_workers(tmp_path, monkeypatch):
-    """A forker's loss that fails: the error itself, and nothing left running."""
-
-    def broken(*_):
-        assert len(multiprocessing.active_children()) == 2
-        raise RuntimeError("a mistake in my loss")
-
-    monkeypatch.setitem(LOSSES, "embedding", (broken, True))
-    with pytest.raises(RuntimeError, match="a mistake in my loss"):
-        run_train("--out", tmp_path / "r", "--workers", 2, "--epoch_size", 8)
-    for _ in range(100):
-        time.sleep(0.05 * bool(multiprocessing.active_children()))
-    assert not multiprocessing.active_children()  # deaf to signals, they would keep the process from ending
+def test_mixed_precision_learns_what_full_precision_does():
+    for precision in ("fp32", "bf16", "fp16"):
+        begin(precision, precision=precision)
+    assert len(set(map(tuple, map(losses_of, ("fp32", "bf16", "fp16"))))) == 3
+    assert losses_of("fp32") == pytest.approx(losses_of("bf16"), abs=0.01)
+    assert losses_of("fp32") == pytest.approx(losses_of("fp16"), abs=0.01)
+    go_on("fp16", epochs=3)
+    scaler = saved("fp16")["training"]["scaler"]  # of the gradients; its state goes on
+    assert scaler["_growth_tracker"] == 6 and not saved("bf16")["training"]["scaler"]
 
 
-@slow
-def test_under_torchrun_one_failing_rank_ends_both(tmp_path):
-    script = tmp_path / "fails.py"
-    script.write_text(
-        f"import os, sys; sys.path.insert(0, {str(HERE)!r}); import losses, train\n"
-        "if os.environ['RANK'] == '1':\n    def broken(*_): raise RuntimeError('a mistake in my loss')\n"
-        "    losses.LOSSES['embedding'] = (broken, True)\n"
-        "train.main()\n"
-    )
-    flags = [*SHORT, "--workers", 1, "--epoch_size", 8, "--batch_size", 2, "--out", tmp_path / "r"]
-    started = time.time()
-    result = run("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, *flags)
-    assert result.returncode != 0 and time.time() - started < 60 and "a mistake in my loss" in result.stderr
-    time.sleep(1)
-    assert str(tmp_path / "r") not in subprocess.run(["ps", "-ef"], capture_output=True, text=True).stdout
+def test_threads_are_the_cores_less_the_workers(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for workers, processes in ((0, 1), (3, 1), (1, 4), (9, 2)):
+        program.choose_threads(workers, processes)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    program.choose_threads(0)
+    assert asked == [12, 9, 2, 1]
 
 
-def write_to(output):
-    with open(output, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-
-
-def child(output, flags, limit, poison, environment):
-    write_to(output)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+def change_losses(monkeypatch, change):
+    """change(k, losses [B]) -> the losses that a run sees in its k-th batch."""
     genuine, calls = train.mixture_losses, itertools.count()
-
-    train.mixture_losses = lambda *args, **how: genuine(*args, **how) * (math.nan if next(calls) == poison else 1)
-    sys.argv = ["train.py", *SHORT, "--seconds", "0.1", *map(str, flags)]
-    checkpoint.run_program(train.main)
+    monkeypatch.setattr(train, "mixture_losses", lambda *a: change(next(calls), genuine(*a)))
 
 
-def launch(output, *flags, limit=resource.RLIM_INFINITY, poison=None, **environment):
-    """train.py in a process of its own, forked from one that has imported torch, but never run it.
-
-    limit: bytes that a file may have; poison: number of the batch to lose as NaN.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_all"])
-    process = context.Process(target=child, args=(output, flags, limit, poison, environment))
-    process.start()
-    return process
-
-
-def launch_two(tmp_path, *flags, **of_rank_0):
-    """The same as two ranks; `of_rank_0` goes to one of them alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    network = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return [
-        launch(tmp_path / f"rank{rank}.txt", *flags, RANK=str(rank), **network, **({} if rank else of_rank_0))
-        for rank in range(2)
-    ]
+def test_an_update_that_is_not_finite_is_left_out_and_a_hundred_stop_the_run(monkeypatch):
+    begin("two", max_steps=2)
+    with monkeypatch.context() as patched:
+        change_losses(patched, lambda k, loss: loss * (math.nan if k == 2 else 1))
+        begin("three", max_steps=3)
+    assert same_weights("two", "three") and saved("three")["training"]["skipped"] == 1
+    assert [math.isfinite(loss) for loss in losses_of("three")] == [True, True, False]
+    # A loss that is finite, but whose gradient isn't, is no better.
+    change_losses(monkeypatch, lambda k, loss: loss + (loss - loss.detach()).abs().sqrt())
+    with refused("100 updates in a row moved nothing: lower --lr"):
+        begin("never", epoch_size=400, batch_size=1, seconds=0.1, save_every=50)
+    assert all(weight.isfinite().all() for weight in saved("never")["model"].values())
 
 
-def finish(*processes):
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes]
-
-
-def wait_until(condition, process):
-    while not condition():
-        assert process.is_alive()
-        time.sleep(0.001)
-
-
-@slow
-def test_killed_twenty_times_a_run_ends_as_if_it_had_not_been(tmp_path):
-    flags = "--epochs 2 --epoch_size 50 --batch_size 1 --save_every 1 --dropout 0.2".split()
-    assert finish(launch(tmp_path / "unbroken.txt", *flags, "--out", tmp_path / "unbroken")) == [0]
-    update = 1 / float(logged(tmp_path / "unbroken")[-1]["mixtures_per_second"])  # seconds, with its checkpoint
-    out, rng, resumed, torn = tmp_path / "killed", np.random.default_rng(0), set(), 0
-    last, temporary = out / "last.pt", out / "last.tmp"
-    for kill in range(20):
-        before = last.stat().st_mtime_ns if last.exists() else None
-        process = launch(tmp_path / f"{kill}.txt", *flags, "--out", out, *["--resume"] * last.exists())
-        if kill % 5:  # else anywhere, mostly while it starts
-            wait_until(lambda: last.exists() and last.stat().st_mtime_ns != before, process)
-        time.sleep(rng.uniform(0, 2 * update))
-        if kill % 5 > 2:
-            wait_until(temporary.exists, process)
-        process.kill()
-        assert finish(process) == [-signal.SIGKILL], (tmp_path / f"{kill}.txt").read_text()
-        torn += temporary.exists()
-        if last.exists():
-            reached = torch.load(last, weights_only=True)
-            resumed.add(reached["progress"]["done"])
-    assert finish(launch(tmp_path / "end.txt", *flags, "--out", out, "--resume")) == [0]
-    assert len(resumed) >= 10 and torn >= 3
-    assert (out / "steps.csv").read_bytes() == (tmp_path / "unbroken" / "steps.csv").read_bytes()
-    assert len(logged(out, "steps.csv")) == 100
-    for killed, unbroken in zip(logged(out), logged(tmp_path / "unbroken"), strict=True):
-        assert all(killed[key] == unbroken[key] for key in killed if "second" not in key)
-    a, b = weights_of(out), weights_of(tmp_path / "unbroken")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-@slow
-def test_signals_save_first_in_training_and_in_validation(tmp_path):
-    flags = ["--out", tmp_path / "r", "--workers", "1", "--epoch_size", 200, "--batch_size", 1]
-    process = launch(tmp_path / "1.txt", *flags, "--valid_size", 100)
-    wait_until((tmp_path / "r" / "log.csv").exists, process)
-    os.kill(process.pid, signal.SIGINT)
-    assert finish(process) == [130] and "stopped by a signal" in (tmp_path / "1.txt").read_text()
-    assert not logged(tmp_path / "r")
-    process = launch(tmp_path / "2.txt", *flags, "--valid_size", 100, "--resume")
-    wait_until(lambda: len(logged(tmp_path / "r", "steps.csv")) > 2, process)
-    process.terminate()
-    assert finish(process) == [130] and "Traceback" not in (tmp_path / "2.txt").read_text()
-    stopped = torch.load(tmp_path / "r" / "last.pt", weights_only=True)
-    assert stopped["progress"]["done"] == len(logged(tmp_path / "r", "steps.csv"))
-    # One of two ranks is told, both stop at the same step.
-    processes = launch_two(tmp_path, "--out", tmp_path / "two", "--epoch_size", 200, "--batch_size", 1)
-    wait_until(lambda: (tmp_path / "two" / "best.pt").exists(), processes[1])
-    processes[1].terminate()
-    assert finish(*processes) == [130, 130] and (tmp_path / "two" / "last.pt").exists()
-
-
-@slow
-@pytest.mark.parametrize("full", ["steps.csv", "last.pt"])
-def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole(tmp_path, full):
-    out = tmp_path / "r"
-    flags = ["--out", out, "--epoch_size", 4, "--batch_size", 1, "--save_every", 2, "--resume"]
-    run_train(*flags[:-1], "--seconds", 0.1, "--epochs", 1)
-    flags += ["--epochs", 2]
-    limit = 500_000
-    if full == "steps.csv":
-        checkpoint = torch.load(out / "last.pt", weights_only=True)
-        checkpoint["sizes"]["steps.csv"] += 4000
-        torch.save(checkpoint, out / "last.pt")
-        (out / "steps.csv").write_text((out / "steps.csv").read_text() + " " * 4000)
-        limit = checkpoint["sizes"]["steps.csv"] + 20
-    before = (out / "last.pt").read_bytes()
-    assert finish(launch(tmp_path / "full.txt", *flags, limit=limit)) == [1]
-    output = (tmp_path / "full.txt").read_text()
-    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "can't write" in error and "File too large" in error
-    assert "Traceback" not in output and "ignored" not in output
-    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
-
-
-@slow
-def test_a_full_disk_ends_all_ranks(tmp_path):
-    processes = launch_two(tmp_path, "--out", tmp_path / "r", "--epoch_size", 4, "--batch_size", 1, limit=500_000)
-    assert 0 not in finish(*processes) and all(p.exitcode is not None for p in processes)
-    assert "error: can't write" in (tmp_path / "rank0.txt").read_text()
+def test_a_mixture_beyond_the_threshold_weighs_nothing(monkeypatch):
+    for name, change in (
+        ("without", lambda k, loss: loss * torch.tensor([0.0, 1.0])),
+        ("beyond", lambda k, loss: loss - torch.tensor([100.0, 0.0])),
+        ("late", lambda k, loss: loss - 100 * (k > 1)),
+    ):
+        with monkeypatch.context() as patched:
+            change_losses(patched, change)
+            begin(name, batch_size=2, epochs=1)
+    assert same_weights("without", "beyond")
+    # An update of only such moves nothing, whatever Adam's momentum; a run of only such failed.
+    begin("two", batch_size=2, epochs=1, max_steps=2)
+    assert same_weights("two", "late")
+    with refused("none of 4 updates moved anything"):
+        begin("none", threshold=1000.0)
 
 
 @pytest.fixture
-def damaged(tmp_path):
-    """A folder of speakers with one broken file among 24."""
+def damaged():
+    """A folder of speakers with one file of 24 that breaks off."""
     for voice in ("carlo", "june", "allison"):
-        (tmp_path / "speech" / voice).mkdir(parents=True)
+        Path("damaged", voice).mkdir(parents=True)
         for k in range(8):
             audio, _ = read_audio(SPEECH / voice / "01.ogg", 8000 * k, 8000)
-            sf.write(tmp_path / "speech" / voice / f"{k}.flac", audio, 8000)
-    broken = tmp_path / "speech" / "june" / "3.flac"
-    broken.write_bytes(broken.read_bytes()[:3000])
-    return tmp_path / "speech"
+            sf.write(f"damaged/{voice}/{k}.flac", audio, 8000)
+    break_off(Path("damaged/june/3.flac"))
+    return Path("damaged").resolve()
 
 
-def test_a_broken_file_is_named_once_left_out_and_counted(tmp_path, damaged, capfd):
-    flags = ["--data", damaged, "--epochs", 1, "--epoch_size", 48, "--batch_size", 4, "--seconds", 0.1]
+def test_a_mixture_that_cannot_be_made_is_named_once_and_replaced(damaged, capfd):
+    run = dict(data=damaged, epoch_size=48, seconds=0.1, speeds=[100])
     for workers in (0, 2):
-        run_train(*flags, "--workers", workers, "--out", tmp_path / f"{workers}")
-        _, stderr = capfd.readouterr()
-        assert stderr.count("left out: ") == stderr.count("june/3.flac") == 1
-        assert 0 < int(logged(tmp_path / f"{workers}")[-1]["broken"]) < 10
-    assert (tmp_path / "0" / "steps.csv").read_bytes() == (tmp_path / "2" / "steps.csv").read_bytes()
-    assert all(math.isfinite(float(row["loss"])) for row in logged(tmp_path / "0", "steps.csv"))
-    # The mixture in its place is the next one that is whole.
-    mixtures = SpeakerMixtures(damaged, 8000, 0.1, 200)
-    skipping = train.SkipBroken(mixtures)
-    (index,) = [k for k in range(199) if skipping[0, k]["broken"]][:1]
-    assert same(skipping[0, index], mixtures[index + 1])
+        begin(f"{workers}", **run, workers=workers)
+        stderr = capfd.readouterr().err
+        assert stderr.count("passed over: ") == stderr.count("june/3.flac") == 1
+    assert losses_of("0") == losses_of("2") and np.isfinite(losses_of("0")).all()
+    for path in damaged.rglob("*.flac"):
+        break_off(path)
+    with refused("100 mixtures in a row can't be made: .*flac"):
+        begin("all", **run)
 
 
-def test_many_broken_files_stop_the_run(tmp_path, damaged, capsys, monkeypatch):
-    paths = sorted(damaged.rglob("*.flac"))
-    for path in paths[::2]:
-        path.write_bytes(path.read_bytes()[:200])  # a whole header, so that it breaks in mid-epoch
-    with pytest.raises(DataError, match="more than a tenth"):
-        run_train("--data", damaged, "--epoch_size", 96, "--batch_size", 2, "--out", tmp_path / "half")
-    for path in paths:
-        path.write_bytes(path.read_bytes()[:200])
-    flags = ["--data", damaged, "--epoch_size", 96, "--workers", 1, "--out", tmp_path / "all"]
-    error = mistake(monkeypatch, capsys, "train", *SHORT, *flags)
-    assert error.startswith("error: 100 mixtures in a row can't be made") and str(damaged) in error
-
-
-def mistake(monkeypatch, capsys, name, *arguments) -> str:
-    """The one line in which a program ends that is started with those arguments."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        checkpoint.run_program(partial(program, name, monkeypatch, *arguments))
-    printed = capsys.readouterr().err + (end.value.code if isinstance(end.value.code, str) else "")
-    assert end.value.code not in (0, None) and "Traceback" not in printed, (name, arguments, printed)
-    (error,) = [line for line in re.split("[\r\n]+", printed) if line.startswith("error: ")]
-    return error
-
-
-def test_a_loss_that_is_not_finite_leaves_the_update_out_and_a_hundred_stop_the_run(tmp_path, monkeypatch):
-    genuine, calls, poison = train.mixture_losses, itertools.count(), [3]
-    losses_of = lambda *args, **how: genuine(*args, **how) * (math.nan if next(calls) in poison else 1)  # noqa: E731
-    monkeypatch.setattr(train, "mixture_losses", losses_of)
-    run_train("--epochs", 1, "--epoch_size", 8, "--batch_size", 1, "--out", tmp_path / "one")
-    losses_made = [float(row["loss"]) for row in logged(tmp_path / "one", "steps.csv")]
-    assert [k for k, loss in enumerate(losses_made) if not math.isfinite(loss)] == [3] and len(losses_made) == 8
-    state = torch.load(tmp_path / "one" / "last.pt", weights_only=True)
-    assert state["progress"]["skipped"] == 1 and all(w.isfinite().all() for w in state["model"].values())
-    poison[:] = range(9, 10**6)
-    out = tmp_path / "diverged"
-    with pytest.raises(SettingsError, match="no finite loss and gradient from update 2 on"):
-        run_train("--epoch_size", 400, "--batch_size", 1, "--seconds", 0.1, "--save_every", 100, "--out", out)
-    state = torch.load(out / "last.pt", weights_only=True)
-    assert state["progress"]["in_a_row"] == 99 and all(w.isfinite().all() for w in state["model"].values())
-
-
-def test_an_update_whose_mixtures_are_all_beyond_the_threshold_moves_nothing(tmp_path, monkeypatch):
-    genuine, calls = train.keep_hard, itertools.count()
-    keep = lambda loss, threshold: loss[:0] if next(calls) >= 4 else genuine(loss, threshold)  # noqa: E731
-    monkeypatch.setattr(train, "keep_hard", keep)  # four updates fill Adam's momentum
-    flags = ["--epochs", 1, "--epoch_size", 7, "--batch_size", 1, "--warmup", 1]
-    run_train("--out", tmp_path / "after", *flags)
-    calls = itertools.count()
-    run_train("--out", tmp_path / "four", *flags, "--max_steps", 4)
-    four, after = weights_of(tmp_path / "four"), weights_of(tmp_path / "after")
-    assert all(torch.equal(four[name], after[name]) for name in four)
-    assert logged(tmp_path / "after")[-1]["skipped"] == "3"
-    with pytest.raises(SettingsError, match="every mixture beyond --threshold -30 dB from update 1 on"):
-        calls = itertools.count(4)
-        run_train("--epoch_size", 400, "--batch_size", 1, "--seconds", 0.1, "--out", tmp_path / "lasting")
-
-
-def test_a_validation_that_is_not_a_number_does_not_end_the_choice_of_the_best(tmp_path, monkeypatch):
-    values = iter([math.nan, 1.0, math.nan, 0.5, 2.0])
-    monkeypatch.setattr(train, "validate", lambda *_: next(values))
-    saved, genuine = [], checkpoint.RunFolder.save_best
-    save_best = lambda self, state: saved.append(state["progress"]["best"]) or genuine(self, state)  # noqa: E731
-    monkeypatch.setattr(checkpoint.RunFolder, "save_best", save_best)
-    run_train("--out", tmp_path / "r", "--epochs", 4, "--epoch_size", 2, "--batch_size", 2)
-    assert saved == [1.0, 2.0]
-
-
-@slow
-@pytest.mark.parametrize("kind", ["speakers", "fixed", "crops"])
-def test_each_loss_of_two_ranks_is_that_of_one(tmp_path, damaged, kind):
-    data, more = damaged, []
-    if kind == "crops":
-        more = ["--loss", "csi_sdr", "--loss_seconds", 0.1, "--seconds", 0.5]
-    if kind == "fixed":
-        data = tmp_path / "set"
-        write_fixed_set(SpeakerMixtures(SPEECH, 8000, 0.2, 40), data)
-        broken = sorted((data / "s1").iterdir())[7]
-        broken.write_bytes(broken.read_bytes()[:500])
-    flags = ["--data", data, "--epochs", 1, "--epoch_size", 40, *more, "--out"]
-    one = launch(tmp_path / "one.txt", *flags, tmp_path / "one", "--batch_size", 2)
-    assert finish(one, *launch_two(tmp_path, *flags, tmp_path / "two", "--batch_size", 1)) == [0, 0, 0]
-    one, two = ([float(row["loss"]) for row in logged(tmp_path / name, "steps.csv")] for name in ("one", "two"))
-    assert len(one) == 20 and one == pytest.approx(two, abs=1e-4)
-    one, two = logged(tmp_path / "one")[-1], logged(tmp_path / "two")[-1]
-    assert one["broken"] == two["broken"] and int(one["broken"]) > 0
-    assert float(one["valid_si_sdr_i"]) == pytest.approx(float(two["valid_si_sdr_i"]), abs=1e-3)
-
-
-@slow
-def test_a_loss_that_is_not_finite_on_one_of_two_ranks_is_left_out_on_both(tmp_path):
-    flags = ["--epochs", 1, "--epoch_size", 8, "--batch_size", 1, "--out", tmp_path / "two"]
-    assert finish(*launch_two(tmp_path, *flags, poison=1)) == [0, 0]
-    losses_made = [float(row["loss"]) for row in logged(tmp_path / "two", "steps.csv")]
-    assert [k for k, loss in enumerate(losses_made) if not math.isfinite(loss)] == [1] and len(losses_made) == 4
-
-
-def test_mixed_precision_is_bf16_only_where_a_gpu_has_it_and_can_be_switched_off(monkeypatch):
-    gpu, cpu = SimpleNamespace(type="cuda"), SimpleNamespace(type="cpu")
-    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        # As torch answers on a V100: with emulation it could.
-        supported = lambda including_emulation=True: native or including_emulation  # noqa: E731
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert checkpoint.mixed_precision(gpu, False) is expected
-        assert checkpoint.mixed_precision(gpu, True) is checkpoint.mixed_precision(cpu, False) is None
+def test_training_learns_to_tell_two_tones_apart():
+    for speaker, base in (("low", 200), ("high", 1500)):
+        for k in range(4):
+            write_tone(Path("tones", speaker, f"{k}.wav"), base * (1 + 0.1 * k))
+    run = dict(data="tones", valid="tones", epoch_size=120, batch_size=8, lr=0.01, speeds=[100])
+    begin("run", **run)
+    assert float(table("run", "log.csv")[-1]["valid_si_sdr_i"]) > 5
 
 
 @slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
-def test_the_compiled_separator_computes_the_same(tmp_path):
-    flags = ["--epochs", 1, "--epoch_size", 4, "--batch_size", 2, "--valid_size", 1, "--out"]
-    run_train(*flags, tmp_path / "plain")
-    run_train(*flags, tmp_path / "compiled", "--compile")
-    plain, compiled = (
-        [float(row["loss"]) for row in logged(tmp_path / name, "steps.csv")] for name in ("plain", "compiled")
+def test_the_compiled_separator_computes_the_same():
+    begin("plain", epochs=1)
+    begin("compiled", epochs=1, compile=True)
+    assert losses_of("plain") == pytest.approx(losses_of("compiled"), abs=1e-3)
+    assert saved("plain")["model"].keys() == saved("compiled")["model"].keys()
+
+
+def test_another_sample_rate_works_throughout(speech):
+    write_set("set", {"a": speech.numpy()}, 16000)
+    run = dict(sample_rate=16000, loss="csi_sdr", loss_seconds=0.2, epochs=1, valid="set")
+    begin("run", **run)
+    assert np.isfinite(losses_of("run")).all()
+    model, codec, _ = load_separator("run/best.pt", "cpu")
+    assert (codec.sample_rate, codec.codec_rate) == (16000, 8000)
+    (item,) = FixedMixtures("set", 16000)
+    rows, _ = evaluate.make_rows({"codecformer": (model, False, False)}, codec, item, False)
+    assert {signals.shape for signals in rows.values()} == {(2, 16000)}
+
+
+# How runs end -------------------------------------------------------------------------------------
+
+
+def start(name, *line, **environment):
+    """A program in a process of its own, on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, HERE / name, *line]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(condition, process):
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+
+
+def the_error(printed: str) -> str:
+    """The one line that says why a program ended; its progress bars may stand around it."""
+    assert "Traceback" not in printed and "Exception" not in printed, printed
+    (line,) = [line for line in re.split("[\r\n]+", printed) if line.startswith("error: ")]
+    return line
+
+
+def children_of(process) -> list[Path]:
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [Path("/proc", pid) for pid in listed]
+
+
+def interrupt(process, number) -> str:
+    """Ends a program by a signal. It takes no more than two seconds, and leaves no other process.
+
+    Returns the line in which it ends.
+    """
+    others = children_of(process)
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=2)
+    for _ in range(100):
+        time.sleep(0.02 * any(other.exists() for other in others))
+    assert not any(other.exists() for other in others)
+    assert process.returncode == 130
+    return the_error(printed)
+
+
+@pytest.mark.parametrize(
+    "number, epoch_size, valid_size",
+    [(signal.SIGINT, 4, 10_000), pytest.param(signal.SIGTERM, 1200, 1, marks=slow)],
+)
+def test_ctrl_c_ends_a_run_at_once_in_a_line_that_says_how_to_go_on(number, epoch_size, valid_size):
+    """And so does SIGTERM, in training as in validation."""
+    line = flags(out="run", workers=1, epoch_size=epoch_size, valid_size=valid_size)
+    process = start("train.py", *line)
+    wait_until(lambda: Path("run/last.pt").exists() and table("run"), process)
+    expected = "error: stopped; go on with: python train.py --resume --out run"
+    assert len(children_of(process)) == 1 and interrupt(process, number) == expected
+
+
+@pytest.mark.parametrize("full", ["last.pt", "steps.csv"])
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole(monkeypatch, full):
+    names = {"last.pt": f".last.pt.{os.getpid()}.part", "steps.csv": "steps.csv"}
+
+    def fill_disk(k, loss):
+        if k == 2:
+            path = Path("run", names[full])
+            path.unlink(missing_ok=True)
+            path.symlink_to("/dev/full")
+        return loss
+
+    change_losses(monkeypatch, fill_disk)
+    with refused(f"can't write run/{full} .*: make room"):
+        begin("run", batch_size=2, save_every=2)
+    assert saved("run")["training"]["done"] == 2 and not list(Path("run").glob(".*"))
+
+
+def test_a_killed_data_worker_is_one_line_that_says_how_to_go_on(monkeypatch, mistake):
+    def kill_worker(k, loss):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        return loss
+
+    change_losses(monkeypatch, kill_worker)
+    message = mistake("train", *flags(out="run", workers=1, epoch_size=80))
+    assert message.startswith("a data worker was killed") and "train.py --resume" in message
+
+
+def test_a_program_ends_in_one_line():
+    """The real one, where a data worker raised what ends it. The bundled speech is found."""
+    for voice in "ab":
+        write_tone(Path("voices", voice, "x.flac"))
+        break_off(Path("voices", voice, "x.flac"))
+    line = flags(out="run", data="voices", valid="assets/speech/valid", workers=1)
+    process = start("train.py", *line)
+    _, printed = process.communicate()
+    assert the_error(printed).startswith("error: 100 mixtures in a row can't be made")
+    assert process.returncode == 1
+
+
+@slow
+def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been():
+    run = dict(epoch_size=40, batch_size=1, save_every=1, dropout=0.2)
+    began = time.monotonic()
+    begin("unbroken", **run)
+    update = (time.monotonic() - began) / 80
+    last = Path("killed/last.pt")
+    rng, reached, torn = np.random.default_rng(0), set(), 0
+    for kill in range(8):
+        before = last.stat().st_mtime_ns if last.exists() else None
+        line = words(resume=True, out="killed") if before else flags(out="killed", **run)
+        process = start("train.py", *line)
+        wait_until(lambda: last.exists() and last.stat().st_mtime_ns != before, process)
+        time.sleep(rng.uniform(0, 8 * update))
+        partial = Path(f"killed/.last.pt.{process.pid}.part")
+        if kill % 2:
+            wait_until(partial.exists, process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        torn += partial.exists()
+        reached.add(saved("killed")["training"]["done"])
+    go_on("killed")
+    assert len(reached) >= 4 and torn >= 2 and same_run("killed", "unbroken")
+
+
+@slow
+def test_two_processes_compute_what_one_does(damaged):
+    run = dict(data=damaged, epochs=1, epoch_size=40, lr=1e-4, loss="csi_sdr", loss_seconds=0.1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    network = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    line = flags(**run, out="two")
+    ranks = [start("train.py", *line, RANK=str(rank), **network) for rank in range(2)]
+    begin("one", **run, accumulate=2)
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    assert losses_of("one") == pytest.approx(losses_of("two"), abs=1e-3)
+    one, two = (float(table(n, "log.csv")[-1]["valid_si_sdr_i"]) for n in ("one", "two"))
+    assert one == pytest.approx(two, abs=0.01)
+    with refused("1 process.* make 4 mixtures an update, not 8"):
+        go_on("two", epochs=2)
+
+
+@slow
+def test_under_torchrun_one_failing_process_ends_all():
+    Path("fails.py").write_text(
+        f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport program, train\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    def fail(*_): raise program.UserError('a mistake of rank 1')\n"
+        "    train.mixture_losses = fail\n"
+        "program.run_program(train.main)\n"
     )
-    assert len(plain) == 2 and plain == pytest.approx(compiled, abs=1e-3)
-    assert weights_of(tmp_path / "plain").keys() == weights_of(tmp_path / "compiled").keys()
+    torchrun = "-m torch.distributed.run --nproc_per_node=2 --standalone fails.py".split()
+    out = Path("run").resolve()
+    command = [sys.executable, *torchrun, *flags(workers=1, out=out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1 and "error: a mistake of rank 1" in result.stderr
+    time.sleep(1)
+    assert str(out) not in subprocess.run(["ps", "-ef"], capture_output=True, text=True).stdout
 
 
-def test_training_learns_to_tell_two_tones_apart(tmp_path):
-    for speaker, base in (("low", 200), ("high", 1500)):
-        for k in range(4):
-            write_tone(tmp_path / "tones" / speaker / f"{k}.wav", base * (1 + 0.1 * k))
-    run_train(
-        "--out", tmp_path / "r", "--data", tmp_path / "tones", "--valid", tmp_path / "tones", "--epochs", 2,
-        "--epoch_size", 240, "--batch_size", 8, "--lr", "0.01", "--speeds", 100,
-    )  # fmt: skip
-    assert float(logged(tmp_path / "r")[-1]["valid_si_sdr_i"]) > 5
+# Settings and checkpoints -------------------------------------------------------------------------
 
 
 class Mean(nn.Module):
-    """Gives every speaker the mixture's share: the smallest separator on waveforms."""
+    """The smallest separator on waveforms: every speaker gets a share of the mixture."""
 
     on_latents = False
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.share = config, nn.Parameter(torch.full((config.n_speakers, 1), 0.3))
+        self.config = config
+        self.share = nn.Parameter(torch.full((config.n_speakers, 1), 0.3))
 
     def forward(self, mixture):
         return mixture[:, None] * self.share
@@ -2029,191 +1641,345 @@ class Mean(nn.Module):
 class MeanConfig(SeparatorConfig):
     n_layers: int = 1
     dropout: float = 0.0
-    colour: str = "green"
+    loud: bool = True
+
+
+class Frames(nn.Module):
+    """The smallest codec: a latent is 20 ms of samples, and nothing is rounded."""
+
+    sample_rate, hop_length, latent_dim, n_codebooks, codebook_size = 8000, 160, 160, 1, 2
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Conv1d(1, 160, 160, 160, bias=False)
+        self.decoder = nn.ConvTranspose1d(160, 1, 160, 160, bias=False)
+        for layer in (self.encoder, self.decoder):
+            layer.weight = nn.Parameter(torch.eye(160)[:, None])
+
+    def quantize(self, latents, n_codebooks):
+        return latents, torch.zeros(len(latents), n_codebooks, latents.shape[-1], dtype=int)
+
+
+def load_frames():
+    network = Frames()
+    return network, network.state_dict()
+
+
+def mean_square(codec, estimates, sources, margin=0):
+    return (estimates[:, :, None] - sources[:, None]).square().mean(-1)
 
 
 class Clicks:
     """A dataset of a folder's own kind."""
 
-    def __init__(self, root, sample_rate, seconds=1.0, n_speakers=2):
-        self.found, self.length = f"{root}: clicks", round(seconds * sample_rate)
+    found, n_speakers = "clicks", 2
+
+    def __init__(self, root, sample_rate, n_speakers, **settings):
+        self.rate = sample_rate
+
+    @staticmethod
+    def fits(root):
+        return Path(root).name == "clicks"
 
     def __len__(self):
         return 4
 
     def __getitem__(self, key):
-        sources = np.random.default_rng(data.epoch_and_index(key)).standard_normal((2, self.length)).astype(np.float32)
+        rng = np.random.default_rng(data.epoch_and_index(key))
+        sources = rng.standard_normal((2, self.rate)).astype(np.float32)
         return {"mixture": sources.sum(0), "sources": sources, "name": str(key)}
 
 
-def test_a_forkers_separator_codec_loss_and_dataset_are_one_line_each(tmp_path, monkeypatch):
+def test_a_forkers_separator_codec_loss_and_dataset_are_one_class_and_one_line(monkeypatch):
     monkeypatch.setitem(SEPARATORS, "mean", (Mean, MeanConfig))
-    monkeypatch.setitem(CODECS, "echo", lambda: (Echo(1, 0), {}))
-    mean_square = lambda codec, e, s, margins=(0, 0): (e[:, :, None] - s[:, None]).square().mean(-1)  # noqa: E731
+    monkeypatch.setitem(CODECS, "frames", load_frames)
     monkeypatch.setitem(LOSSES, "mean_square", (mean_square, False))
-    others = dict(DATASETS)
-    DATASETS.clear()
-    DATASETS.update({"clicks": (lambda root: Path(root).name == "clicks", Clicks, Clicks), **others})
-    flags = ["--data", "clicks", "--valid", "clicks", "--epochs", "1", "--batch_size", "4", "--seconds", "0.5"]
-    config = tmp_path / "mine.txt"
-    config.write_text("--schedule cosine  # and nothing of the bundled model\n")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for model, codec, loss, more in (("mean", "transform", "si_sdr", ["--colour", "red"]),
-                                             ("codecformer", "echo", "mean_square", SHORT[:8])):  # fmt: skip
-                mine = ["--model", model, "--codec", codec, "--loss", loss, "--out", str(tmp_path / model)]
-                train.train(*parse_args([f"@{config}", *flags, *mine, *more]))
-    finally:
-        DATASETS.clear()
-        DATASETS.update(others)
-    assert load_checkpoint(tmp_path / "mean" / "best.pt")["config"]["colour"] == "red"
-    assert load_checkpoint(tmp_path / "codecformer" / "best.pt")["codec"]["name"] == "echo"
-    assert [row["step"] for row in logged(tmp_path / "codecformer")] == ["0", "1"]
+    monkeypatch.setattr(data, "DATASETS", {"clicks": Clicks, **data.DATASETS})
+    forked = runpy.run_path(str(HERE / "train.py"))  # as a program that is started with these
+    Path("clicks").mkdir()
+    for out, mine, more in (
+        ("mean", dict(model="mean", loss="si_sdr"), ["--no-loud"]),
+        ("masks", dict(codec="frames", loss="mean_square"), []),
+    ):
+        line = flags(data="clicks", valid="clicks", batch_size=2, out=out, **mine) + more
+        forked["train"](*forked["read_flags"](line))
+        assert [row["step"] for row in table(out, "log.csv")] == ["2", "4"]
+    assert load_separator("mean/best.pt", "cpu")[0].config.loud is False
+    assert isinstance(load_separator("masks/best.pt", "cpu")[1].network, Frames)
 
 
-def test_flags_of_another_model_are_refused(capsys):
-    for flags in (["--chunk", "100"], ["@config/sepformer_wsj0_2mix.txt", "--features", "latents"]):
+def test_the_baseline_is_trained_by_its_name_and_resumed():
+    begin("run", model="sepformer", n_blocks=1, chunk=50, max_steps=3, batch_size=2)
+    go_on("run", max_steps=4)
+    model, _, _ = load_separator("run/best.pt", "cpu")
+    assert isinstance(model, Sepformer) and (model.config.chunk, model.config.d_model) == (50, 16)
+
+
+def test_every_setting_is_a_flag_and_help_shows_what_is_run_without_it(capsys):
+    for model, defaults in (("codecformer", {"160", "log_power"}), ("sepformer", {"256", "250"})):
         with pytest.raises(SystemExit):
-            parse_args(flags)
-        assert f"unrecognized arguments: {flags[-2]}" in capsys.readouterr().err
+            train.read_flags(["--model", model, "--help"])
+        shown = capsys.readouterr().out
+        settings = [*fields(train.Settings), *fields(SEPARATORS[model][1])]
+        known = {setting.name for setting in settings} - {"latent_dim"}
+        assert known <= set(re.findall(r"--(\w+)", shown))
+        defaults |= {"0.001", "assets/speech/train"}
+        assert defaults <= set(re.findall(r"\(default:\s+(\S+)\)", shown))
 
 
-def test_help_shows_what_is_run_without_flags(capsys):
-    with pytest.raises(SystemExit):
-        parse_args(["--help"])
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "(default: assets/speech/train)" in printed and "(default: 0.001)" in printed
-    with pytest.raises(SystemExit):
-        parse_args(["@config/wsj0_2mix.txt", "--help"])
-    assert "(default: 0.00015)" in " ".join(capsys.readouterr().out.split())  # the paper's
+def test_flags_of_a_file_are_overridden_by_those_after_it():
+    Path("run.txt").write_text("# A run.\n--lr 0.5 --no-compile  # fast\n\n--speeds 90 110\n")
+    given, _ = train.read_flags(["@run.txt", "--lr", "0.25", "--quantize_after"])
+    assert given == dict(lr=0.25, compile=False, speeds=[90, 110], quantize_after=True)
+    # Beside a file, sizes are those of the separator's own config, not of `python train.py`.
+    assert train.read_flags([])[0] == train.DEFAULT_SIZES["codecformer"]
 
 
-def test_evaluate_writes_all_it_promises(trained, small_set, tmp_path, monkeypatch, capsys, scored_here):
-    out = tmp_path / "out"
-    flags = ["--ckpt", trained / "best.pt", "--data", small_set, "--out", out]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})
-    program("evaluate", monkeypatch, *flags)
-    printed = capsys.readouterr().out
+def test_mistakes_are_one_line(trained, mistake):
+    Path("file").touch()
+    Path("renamed").mkdir()
+    best = trained / "best.pt"
+    shutil.copy(best, "renamed/last.pt")
+    for line, message in [
+        ("train --resume --out new", "no run to resume"),
+        ("train --resume --out renamed", "holds weights alone.* --init"),
+        (f"train --out {trained}", "holds a run: --resume it, or choose another --out"),
+        ("train --seconds 1e9", "--seconds: 1e9 must lie in 0.1 to 600"),
+        ("train --lr nan", "--lr: nan must lie in"),
+        ("train --max_steps 0", "--max_steps: 0 must lie in 1 to"),
+        ("train --speeds 0 100", "speeds are percentages from 25 to 400"),
+        ("train --snr 0", "--snr takes two numbers"),
+        ("train --chunk 100", "unrecognized arguments: --chunk 100"),
+        ("train --batch 4", "unrecognized arguments: --batch 4"),  # nor is a flag abbreviated
+        ("train --loss_seconds 0.1 --seconds 0.1", "raise --seconds"),
+        ("train --out file/run --workers 0", "can't write"),
+        ("train --codec dac_7khz", "no codec dac_7khz"),
+        ("train --n_heads 7", "multiple of n_heads"),
+        (f"train --init {best}", "the checkpoint's --.* is .*, not .*: give it so"),
+        ("train --epoch_size 4", "4 mixtures an epoch make no update"),
+        ("train --model sepformer --n_layers 1 --loss embedding", "sepformer has no latents"),
+        ("evaluate --ckpt none.pt", "no file none.pt"),
+        ("evaluate --ckpt a b", "compared with --situations"),
+        ("evaluate --n_codebooks 13", "13 codebooks asked for, transform has 1 to 12"),
+        (f"evaluate --out {trained}", "holds other files"),
+        (f"evaluate --ckpt {best} --out file/y", "can't write"),
+        (f"separate {trained}", "holds no recordings"),
+    ]:
+        assert re.search(message, mistake(*line.split())), line
+    assert sorted(path.name for path in Path(".").iterdir()) == ["file", "renamed"]
+
+
+def test_bad_checkpoints_are_refused_in_one_line_and_run_no_code(trained):
+    good = saved(trained, "best.pt")
+    other_codec = {**good["codec"], "fingerprint": "0"}
+    for name, content, message in (
+        ("config", {**good, "config": {**good["config"], "d_model": 32}}, "don't fit its config"),
+        ("codec", {**good, "codec": other_codec}, "was trained on another transform"),
+        (
+            "separator",
+            {**good, "separator": "tasnet"},
+            "'tasnet', known are codecformer, sepformer",
+        ),
+        ("weights", {"weights": 1}, "is no checkpoint of train.py"),
+        ("bomb", {**good, "settings": Bomb()}, "damaged"),
+        ("pickle", pickle.dumps(Bomb()), "damaged"),
+        ("cut", (trained / "best.pt").read_bytes()[:10000], "damaged"),
+    ):
+        if isinstance(content, bytes):
+            Path(f"{name}.pt").write_bytes(content)
+        else:
+            torch.save(content, f"{name}.pt")
+        with refused(f"(?=.*{name}.pt).*{message}"):
+            load_separator(f"{name}.pt", "cpu")
+    assert not Path("exploded").exists()
+    with refused("was trained on another transform than bundled"):
+        load_separator(trained / "best.pt", "cpu", "bundled")
+
+
+# Scores -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored_here(monkeypatch):
+    """Scores in this process, and lists how many others were asked for."""
+    asked = []
+
+    def in_a_thread(n_processes, *_):
+        asked.append(n_processes)
+        return ThreadPoolExecutor(1)
+
+    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", in_a_thread)
+    return asked
+
+
+def results_of(folder) -> dict:
+    return json.loads(Path(folder, "results.json").read_text())
+
+
+def test_sdr_is_bss_evals():
+    rng, n = np.random.default_rng(0), 8000
+    white = [rng.standard_normal(n + 63), rng.standard_normal(n + 15)]
+    windows = [np.hanning(64), np.hanning(16)]
+    a, b = (np.convolve(noise, window, "valid")[:n] for noise, window in zip(white, windows))
+    estimate = 0.8 * np.roll(a, 3) + 0.3 * b + 0.1 * rng.standard_normal(n)
+    # Printed by mir_eval 0.8.2's bss_eval_sources for these signals.
+    assert evaluate.score("sdr", estimate, a, 8000) == pytest.approx(15.69859854, abs=1e-3)
+    assert evaluate.score("sdr", b + 0.05 * a, b, 8000) == pytest.approx(19.35666372, abs=1e-3)
+
+
+@pytest.mark.parametrize("rate, mode", [(8000, "nb"), (16000, "wb")])
+def test_scores_are_per_source_after_the_best_permutation(speech, rate, mode):
+    """Every column against other libraries, called for one source at a time in the right order."""
+    from pesq import pesq
+    from pystoi import stoi
+
+    sources = speech.numpy()
+    mixture = sources.sum(0)
+    sent = sources + 0.1 * sources[::-1]
+    noise = 0.01 * np.random.default_rng(0).standard_normal(sources.shape)
+    estimates = np.roll(sent + noise, 3, -1).astype(np.float32)
+    rows = {"separator": estimates[::-1].copy(), "mixture": np.stack([mixture] * 2)}
+    references = {"clean": sources, "transmitted": sent}
+    columns = [*evaluate.COLUMNS, *evaluate.SITUATION_COLUMNS]
+    scores = evaluate.score_mixture(rows, mixture, references, columns, rate)
+    for k in range(2):
+        estimate = estimates[k]
+        for c, reference in (("", sources[k]), ("c", sent[k])):
+            gain = their_si_sdr(estimate, reference) - their_si_sdr(mixture, reference)
+            for name, value in {
+                "si_sdr_i": gain,
+                "pesq": pesq(rate, reference, estimate, mode),
+                "stoi": stoi(reference, estimate, rate),
+            }.items():
+                assert scores["separator"][c + name][k] == pytest.approx(value, abs=1e-3)
+        theirs = their_si_sdr(estimate, sources[k])
+        assert scores["separator"]["si_sdr"][k] == pytest.approx(theirs, abs=1e-4)
+    for name in ("si_sdr_i", "csi_sdr_i", "sdr_i", "csdr_i"):
+        assert scores["mixture"][name] == pytest.approx([0, 0], abs=1e-4)
+    summary = evaluate.summarise([{"mixture": "a", "rows": scores}] * 2, evaluate.COLUMNS)
+    _, shifted, in_time = evaluate.format_table(summary, evaluate.COLUMNS).splitlines()
+    assert "shifted by +3 samples" in shifted and "shifted" not in in_time
+
+
+def test_a_score_that_cannot_be_had_is_left_out_and_counted(trained, speech, call, scored_here):
+    """PESQ and STOI of 0.2 s, anything against silence, a signal against itself."""
+    speech = speech.numpy()
+    silent = np.stack([speech[0], 0 * speech[0]])
+    write_set("set", {"whole": speech, "short": speech[:, :1600], "silent": silent})
+    printed = call("evaluate", "--ckpt", trained / "best.pt", "--data", "set", "--out", "out")
+    row = results_of("out")["rows"]["codecformer"]
+    counts = [row[name]["left_out"] for name in ("si_sdr", "sdr_i", "pesq", "stoi")]
+    assert counts == [1, 1, 2, 2] and "PESQ of Codecformer: 2" in printed
+    # What is left is the mean of the others.
+    lines = Path("out/scores.jsonl").read_text().splitlines()
+    (whole,) = [json.loads(line)["rows"] for line in lines if '"whole"' in line]
+    assert row["pesq"]["mean"] == pytest.approx(np.mean(whole["codecformer"]["pesq"]))
+    columns = evaluate.COLUMNS[:1]
+    scores = evaluate.score_mixture({"a": speech}, speech[0], {"clean": speech}, columns, 8000)
+    summary = evaluate.summarise([{"mixture": "itself", "rows": scores}], columns)
+    assert evaluate.format_table(summary, columns).split()[-1] == "-"
+
+
+def test_evaluate_writes_all_it_promises(trained, speech, monkeypatch, call, mistake, scored_here):
+    parts = np.split(speech.numpy()[:, 1000:], [5000, 10000], axis=1)
+    write_set("set", dict(zip("abc", parts)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
+    line = ["--ckpt", trained / "best.pt", "--data", "set"]
+    printed = call("evaluate", *line, "--out", "out")
     assert scored_here == [1]  # as many processes as the scheduler allots
-    results = json.loads((out / "results.json").read_text())
-    assert results["n_mixtures"] == 3 and list(results["rows"]) == ["mixture", "ceiling", "codecformer"]
-    for row in results["rows"].values():
-        assert set(row) == {*evaluate.COLUMNS, "lag", "title"} and row["title"] in printed
-        assert all(math.isfinite(row[c]["mean"]) and math.isfinite(row[c]["ci95"]) for c in evaluate.COLUMNS)
-    assert results["rows"]["mixture"]["si_sdr_i"]["mean"] == pytest.approx(0, abs=1e-5)
-    assert results["rows"]["ceiling"]["si_sdr"]["mean"] > 30
-    (saved,) = results["checkpoints"].values()
-    assert saved["separator"] == "codecformer" and saved["args"]["seconds"] == 0.5
-    assert saved["config"]["d_model"] == 16 and saved["codec"]["name"] == "transform"
-    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
-    scores = [line["rows"]["codecformer"]["si_sdr"] for line in lines]
-    assert np.mean(scores) == pytest.approx(results["rows"]["codecformer"]["si_sdr"]["mean"], abs=1e-6)
-    # The file on disk scores what the table says.
-    for score, item in zip(scores, FixedMixtures(small_set, 8000)):
-        estimates = [read_audio(out / "audio" / f"{item['name']}_s{s}.wav")[0] for s in (1, 2)]
-        again = si_sdr(torch.from_numpy(np.stack(estimates)), torch.from_numpy(item["sources"])).tolist()
-        assert again == pytest.approx(score, abs=1e-3)
-    page = (out / "index.html").read_text()
+    results = results_of("out")
+    rows = results["rows"]
+    assert results["n_mixtures"] == 3 and list(rows) == ["mixture", "ceiling", "codecformer"]
+    for row in rows.values():
+        assert row["title"] in printed
+        for column in evaluate.COLUMNS:
+            assert math.isfinite(row[column.name]["mean"] + row[column.name]["ci95"])
+    (made_from,) = results["checkpoints"].values()
+    assert made_from["separator"] == "codecformer" and made_from["settings"]["seconds"] == 0.5
+    # The files on disk score what the table says.
+    gains = []
+    for item in FixedMixtures("set", 8000):
+        for k, source in enumerate(item["sources"], 1):
+            gains.append(their_si_sdr(read_audio(f"out/audio/{item['name']}_s{k}.wav")[0], source))
+    assert np.mean(gains) == pytest.approx(rows["codecformer"]["si_sdr"]["mean"], abs=1e-3)
+    assert len(Path("out/scores.jsonl").read_text().splitlines()) == 3
+    page = Path("out/index.html").read_text()
     assert page.count("<audio") == page.count("<img") == 3 * 5 and 'src="http' not in page
-
-    # Interrupted in the middle of a line, it goes on where it was, to the same results.
-    text = (out / "scores.jsonl").read_text()
-    (out / "scores.jsonl").write_text(text.splitlines(keepends=True)[0] + text.splitlines()[1][:50])
-    made, genuine = [], evaluate.make_rows
-    monkeypatch.setattr(evaluate, "make_rows", lambda *a: made.append(a) or genuine(*a))
-    program("evaluate", monkeypatch, *flags)
-    assert len(made) == 2 and json.loads((out / "results.json").read_text())["rows"] == results["rows"]
-    # Another set, or other flags, have a folder of their own.
-    other = tmp_path / "other"
-    write_fixed_set(SpeakerMixtures(SPEECH.parent / "valid", 8000, 1.0, 1), other)
-    assert "scores of other checkpoints" in mistake(monkeypatch, capsys, "evaluate", *flags, "--data", other)
-    (other / "notes.txt").touch()
-    assert "has other files or scores" in mistake(monkeypatch, capsys, "evaluate", *flags[:-1], other)
-    monkeypatch.chdir(tmp_path)
-    program("evaluate", monkeypatch, "--ckpt", trained / "best.pt", "--data", other)
-    program("evaluate", monkeypatch, "--ckpt", trained / "best.pt", "--data", small_set)
-    assert len(list((tmp_path / "results").iterdir())) == 2
-    (out / "index.html").unlink()
-    program("recipes.report", monkeypatch, out)
-    assert (out / "index.html").read_text() == page
-    # So has a set whose files only look the same, and other code.
-    source = min((other / "s1").iterdir())
-    audio, rate = read_audio(source)
-    sf.write(source, audio[::-1], rate)
-    program("evaluate", monkeypatch, "--ckpt", trained / "best.pt", "--data", other)
-    assert len(list((tmp_path / "results").iterdir())) == 3
-    monkeypatch.setattr(evaluate, "HERE", tmp_path)
-    assert "flags or code: change --out" in mistake(monkeypatch, capsys, "evaluate", *flags)
+    for fact in ("codec transform, 6 kbit/s", str(trained / "best.pt"), "SI-SDRi"):
+        assert fact in page and fact in printed
+    # Nothing that is there is written over; without --out each run has a folder of its own.
+    assert "holds other files" in mistake("evaluate", *line, "--out", "out")
+    for name in ("codecformer_transform_set", "codecformer_transform_set_2"):
+        call("evaluate", *line)
+        assert results_of(Path("results") / name)["rows"] == rows
 
 
-def test_short_and_silent_mixtures_do_not_end_the_scoring(trained, tmp_path, monkeypatch, capsys, scored_here):
-    rng = np.random.default_rng(0)
-    for name, s1, s2 in (("a", 16000, 16000), ("b", 1600, 1600), ("c", 16000, 0)):
-        signals = [rng.standard_normal(n or 16000) / 8 * bool(n) for n in (s1, s2)]
-        for folder, signal in zip(("mix", "s1", "s2"), (sum(signals), *signals)):
-            (tmp_path / "set" / folder).mkdir(parents=True, exist_ok=True)
-            sf.write(tmp_path / "set" / folder / f"{name}.wav", signal, 8000)
-    flags = ["--ckpt", trained / "best.pt", "--data", tmp_path / "set", "--out", tmp_path / "out"]
-    program("evaluate", monkeypatch, *flags)
-    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert rows["codecformer"]["si_sdr"]["left_out"] == 1 and rows["codecformer"]["stoi"]["left_out"] == 2
-    assert math.isfinite(rows["codecformer"]["si_sdr"]["mean"]) and "Mixtures left out" in capsys.readouterr().out
+def test_each_situation_and_switch_is_what_it_says(codec, speech):
+    """Against the same chain of codec calls written out."""
+    mixture = speech.sum(0)[None, :8000]
+    on_latents = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
+    on_waves = Sepformer(SepformerConfig(chunk=50, n_blocks=1, **TINY)).eval()
+
+    def coded(wav, before, after=False, masks=None):
+        gain = codec.gain(wav)
+        latents = codec.encode(wav * gain)
+        latents = codec.quantize(latents) if before else latents
+        if masks is not None:
+            latents, gain = masks(latents) * latents[:, None], gain[:, None]
+        latents = codec.quantize(latents) if after else latents
+        return codec.decode(latents, 8000) / gain
+
+    def separated(wav):
+        gain = codec.gain(wav)
+        return on_waves(wav * gain) / gain[:, None]
+
+    results = []
+    with torch.no_grad():
+        for situation, before, after in evaluate.SITUATIONS:
+            heard = coded(mixture, before)
+            answer = separated(heard)
+            expected = {
+                ("clean", on_latents): coded(mixture, False, masks=on_latents),
+                ("clean", on_waves): separated(mixture),
+                ("transmitted", on_latents): coded(heard, False, after, on_latents),
+                ("transmitted", on_waves): coded(answer, True) if after else answer,
+                ("latents", on_latents): coded(mixture, before, after, on_latents),
+                ("latents", on_waves): coded(answer, after),
+            }
+            for model in (on_latents, on_waves):
+                wav = evaluate.separate_in(situation, model, codec, mixture, before, after)
+                error = (wav - expected[situation, model]).norm() / wav.norm()
+                assert error < 1e-3, (situation, before, after, type(model))
+                results.append(wav)
+    # Each differs from all others, but for what comes to the same: a separator on latents hears the
+    # clean mixture in its latents, one on waveforms answers in quantised latents in both places.
+    pairs = itertools.combinations(results, 2)
+    assert sum((one - other).norm() < 0.01 * one.norm() for one, other in pairs) == 2
 
 
-def test_another_sample_rate_works_throughout(tmp_path):
-    write_fixed_set(SpeakerMixtures(SPEECH.parent / "valid", 16000, 1.0, 1), tmp_path / "set")
-    flags = ["--sample_rate", 16000, "--epochs", 1, "--epoch_size", 4, "--batch_size", 4, "--loss", "csi_sdr"]
-    run_train("--out", tmp_path / "r", *flags, "--valid", tmp_path / "set", "--loss_seconds", 0.2, "--valid_size", 1)
-    assert math.isfinite(float(logged(tmp_path / "r")[-1]["loss"]))
-    model, codec, _ = load_separator(tmp_path / "r" / "best.pt", "cpu")
-    assert (codec.sample_rate, codec.codec_rate) == (16000, 8000)
-    item = FixedMixtures(tmp_path / "set", 16000)[0]
-    signals, transmitted = evaluate.make_rows({"codecformer": (model, False, False)}, codec, item, False)
-    assert signals["codecformer"].shape == transmitted.shape == item["sources"].shape == (2, 16000)
-
-
-def test_one_command_prints_the_papers_table(trained, small_set, tmp_path, monkeypatch, capsys, scored_here):
-    tiny = [*SHORT, "--chunk", 50, "--epochs", 1, "--epoch_size", 2, "--batch_size", 2]
-    sepformer = ["@config/sepformer_wsj0_2mix.txt", *tiny, "--valid_size", 1, "--data", small_set, "--valid", small_set]
-    train.train(*parse_args([*map(str, sepformer), "--out", str(tmp_path / "sepformer")]))
-    ckpts = [trained / "best.pt", tmp_path / "sepformer" / "best.pt"]
-    capsys.readouterr()
-    flags = ["--situations", "--ckpt", *ckpts, "--data", small_set, "--out", tmp_path / "out"]
-    program("evaluate", monkeypatch, *flags)
-    printed = capsys.readouterr().out.splitlines()
-    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+def test_one_command_prints_the_papers_table(trained, speech, call, scored_here):
+    begin("sepformer", model="sepformer", n_blocks=1, chunk=50, max_steps=1)
+    write_set("set", {"a": speech.numpy()[:, 4000:12000]})
+    line = ["--data", "set", "--ckpt", "sepformer/best.pt"]
+    more = [trained / "best.pt", "--situations", "--n_codebooks", 2]
+    printed = call("evaluate", *line, *more, "--out", "all").splitlines()
+    rows = results_of("all")["rows"]
+    assert results_of("all")["codec"]["bitrate"] == 1000  # of 12 codebooks at 6 kbit/s
     assert len(rows) == 4 + 2 * len(evaluate.SITUATIONS)
-    for row, values in rows.items():
-        assert set(values) == {*evaluate.SITUATION_COLUMNS, "lag", "title"}
-        (line,) = [line for line in printed if line.startswith(values["title"] + " ")]
-        for column, cell in zip(evaluate.SITUATION_COLUMNS, line[len(values["title"]) :].split()):
-            mean = values[column]["mean"]  # none where PESQ finds no speech
+    for values in rows.values():
+        (row,) = [row for row in printed if row.startswith(values["title"] + " ")]
+        cells = row[len(values["title"]) :].split()
+        for column, cell in zip(evaluate.SITUATION_COLUMNS, cells):
+            mean = values[column.name]["mean"]
             assert cell == "-" if mean is None else float(cell) == pytest.approx(mean, abs=0.051)
-        assert ("shifted" in line) == (values["lag"]["median_samples"] != 0)
-    # A codec on the way costs a transmitted source everything but itself.
-    assert rows["ceiling/transmitted"]["csi_sdr_i"]["mean"] > 60
-    assert rows["ceiling/transmitted"]["si_sdr_i"]["mean"] < rows["ceiling"]["si_sdr_i"]["mean"] - 10
-    clean, latents = (rows[f"codecformer/{place}/none"]["si_sdr_i"]["mean"] for place in ("clean", "latents"))
-    assert clean == pytest.approx(latents) and "sepformer/latents/before+after" in rows
-
-    flags = ["--situations", "--ckpt", ckpts[0], "--data", small_set, "--out", tmp_path / "low", "--n_codebooks", 2]
-    program("evaluate", monkeypatch, *flags)
-    low = json.loads((tmp_path / "low" / "results.json").read_text())
-    assert low["codec"]["bitrate"] == 1000  # of the transform's 12 codebooks at 6 kbit/s
-    flags = ["--situations", "--ckpt", ckpts[1], "--data", small_set, "--out", tmp_path / "b", "--codec", "bundled"]
-    program("evaluate", monkeypatch, *flags)  # a separator on waveforms stands behind any codec
-    assert json.loads((tmp_path / "b" / "results.json").read_text())["codec"]["name"] == "bundled"
-    transmitted = [r["ceiling/transmitted"]["si_sdr_i"]["mean"] for r in (low["rows"], rows)]
-    unquantised = [r["codecformer/latents/none"]["si_sdr_i"]["mean"] for r in (low["rows"], rows)]
-    assert transmitted[0] < transmitted[1] - 1 and unquantised[0] == pytest.approx(unquantised[1])
-
-
-def test_costs_are_counted_and_timed_as_they_are():
-    assert cost.count_macs(nn.Conv1d(3, 5, 7, bias=False), 1, 3, 106) == pytest.approx(3 * 5 * 7 * 100 / 1e9)
-    calls = {"short": lambda: time.sleep(0.01), "long": lambda: time.sleep(0.05)}
-    seconds = cost.median_seconds(calls, 3, torch.device("cpu"))
-    assert 0.01 <= seconds["short"] < 0.05 <= seconds["long"]
+        assert ("shifted" in row) == (abs(values["lag"]["median_samples"]) >= 1)
+    # Against what was transmitted, a transmitted source is itself; against the clean one it is not.
+    assert rows["ceiling/transmitted"]["csi_sdr_i"]["mean"] is None
+    coded, unquantised = rows["ceiling/transmitted"], rows["ceiling"]
+    assert unquantised["si_sdr_i"]["mean"] > coded["si_sdr_i"]["mean"] + 10
+    # A separator on waveforms stands behind any codec.
+    call("evaluate", *line, "--codec", "bundled", "--out", "one")
+    assert results_of("one")["codec"]["name"] == "bundled"
 
 
 @pytest.mark.parametrize(
@@ -2221,38 +1987,70 @@ def test_costs_are_counted_and_timed_as_they_are():
     [
         ("separator", "results", 2),
         ("separator_bundled", "bundled_results", 1),
-        pytest.param("separator_lyra", "lyra_results", 1, marks=needs_lyra),
+        ("separator_lyra", "lyra_results", 1),
     ],
 )
-def test_bundled_weights_separate_speakers_never_trained_on(name, results, least, monkeypatch):
-    """The table of the README, on every fourth mixture: as many decibels as it says, within its interval."""
-    monkeypatch.setitem(CODECS, "lyra", lambda: load_lyra(LYRA))
-    stated = json.loads((ASSETS / "results" / f"{results}.json").read_text())["rows"]["codecformer"]["si_sdr_i"]
+def test_bundled_weights_separate_speakers_never_trained_on(offline, name, results, least):
+    """On every fourth mixture as many decibels as the README's table says, within its interval."""
+    stated = json.loads((ASSETS / "results" / f"{results}.json").read_text())
+    stated = stated["rows"]["codecformer"]["si_sdr_i"]
     model, codec, _ = load_separator(ASSETS / f"{name}.pt", "cpu")
-    mixtures, gains = FixedMixtures(ASSETS / "test_mixtures", codec.sample_rate), []
+    mixtures = FixedMixtures(ASSETS / "test_mixtures", codec.sample_rate)
+    gains = []
     for index in range(0, len(mixtures), 4):
-        signals, _ = evaluate.make_rows({"codecformer": (model, False, False)}, codec, mixtures[index], False)
-        reached, before = (si_sdr(*map(torch.from_numpy, (signals[row], mixtures[index]["sources"])))
-                           for row in ("codecformer", "mixture"))  # fmt: skip
-        gains.append((reached - before).mean().item())
-    assert len(mixtures) == 48 and np.mean(gains) == pytest.approx(stated["mean"], abs=2 * stated["ci95"])
+        item = mixtures[index]
+        with torch.no_grad():
+            estimates = separate(model, codec, torch.from_numpy(item["mixture"])[None])[0]
+        ordered = evaluate.in_order(estimates.numpy(), item["sources"])
+        for estimate, source in zip(ordered, item["sources"]):
+            gains.append(their_si_sdr(estimate, source) - their_si_sdr(item["mixture"], source))
+    assert np.mean(gains) == pytest.approx(stated["mean"], abs=2 * stated["ci95"])
     assert np.mean(gains) > least
 
 
-@pytest.mark.parametrize(
-    "rate, channels, samples, subtype",
-    [(8000, 1, 800, "PCM_16"), (44100, 2, 30001, "PCM_24"), (22050, 6, 4444, "FLOAT"), (11025, 1, 20000, "PCM_U8")],
-)
-def test_separated_recordings_keep_rate_length_and_level(trained, codec, tmp_path, rate, channels, samples, subtype):
-    model, codec, _ = load_separator(trained / "best.pt", "cpu")
-    with torch.no_grad():  # masks of one half each, so that the level that must come back is known
-        model.mask_activation = Constant(0.5)
-    wav = 0.2 * np.sin(2 * np.pi * 300 * np.arange(samples) / rate)
-    sf.write(tmp_path / "mix.wav", np.repeat(wav[:, None], channels, 1), rate, subtype=subtype)
-    estimates, out_rate = separate_wav(model, codec, tmp_path / "mix.wav")
-    assert out_rate == rate and estimates.shape == (2, samples)
-    middle = slice(samples // 4, -samples // 4)
-    assert estimates[:, middle].std() == pytest.approx(wav[middle].std() / 2, rel=0.1)
+@slow
+def test_an_interrupted_evaluation_leaves_no_process_behind(trained):
+    process = start("evaluate.py", "--ckpt", trained / "best.pt", "--out", "out")
+    wait_until(lambda: list(Path("out/audio").glob("*")), process)
+    assert len(children_of(process)) > 1
+    assert interrupt(process, signal.SIGINT) == "error: stopped; what was finished is kept"
+
+
+# Recordings ---------------------------------------------------------------------------------------
+
+
+class Bands(nn.Module):
+    """Gives each speaker a band of the transform's latents, in another order at each call."""
+
+    on_latents = True
+
+    def __init__(self, n_speakers=2):
+        super().__init__()
+        self.config = CodecformerConfig(n_speakers=n_speakers)
+        self.generator = torch.Generator().manual_seed(0)
+        self.orders = []
+
+    def forward(self, latents):
+        n_speakers = self.config.n_speakers
+        self.orders.append(torch.randperm(n_speakers, generator=self.generator))
+        band = torch.arange(160).repeat(2) * n_speakers // 160  # of cosines and sines, to 4 kHz
+        masks = (band == torch.arange(n_speakers)[:, None])[self.orders[-1]].float()
+        return masks[None, :, :, None].expand(len(latents), -1, -1, latents.shape[-1])
+
+
+def talkers(n_speakers, seconds, rate):
+    """Known sources [S, T]: a chirping tone in each one's band, at times silent for seconds."""
+    rng = np.random.default_rng(n_speakers)
+    phase = 2 * np.pi * np.arange(round(seconds * rate)) / rate
+    fade = np.hanning(rate // 4) / np.hanning(rate // 4).sum()
+    width = 4000 / n_speakers
+    sources = []
+    for k in range(n_speakers):
+        tone = np.sin((k + 0.4) * width * phase + 0.15 * width * np.sin(0.7 * phase))
+        level = rng.choice([0, 0.01, 0.1, 0.3], math.ceil(seconds))
+        level[[0, -2, -1]] = 0  # the codec has nothing to overlap with at either end
+        sources.append(tone * np.convolve(np.repeat(level, rate)[: len(phase)], fade, "same"))
+    return np.stack(sources).astype(np.float32)
 
 
 def separate_wav(model, codec, path):
@@ -2260,7 +2058,7 @@ def separate_wav(model, codec, path):
     with tempfile.TemporaryDirectory() as folder:
         targets = [Path(folder) / f"s{k + 1}.wav" for k in range(model.config.n_speakers)]
         try:
-            separate_program.separate_file(model, codec, path, targets)
+            separate_program.separate_file(model, codec, Path(path), targets)
         except BaseException:
             assert not any(Path(folder).iterdir())
             raise
@@ -2269,549 +2067,717 @@ def separate_wav(model, codec, path):
         return np.stack(estimates), rates[0]
 
 
-class Bands(nn.Module):
-    """Gives each of S speakers a band of the bundled codec's latents, in another order at each call."""
-
-    def __init__(self, n_speakers, seed=0):
-        super().__init__()
-        self.on_latents, self.config = True, CodecformerConfig(n_speakers=n_speakers)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.orders = []
-
-    def forward(self, latents):
-        s = self.config.n_speakers
-        self.orders.append(torch.randperm(s, generator=self.generator))
-        band = torch.arange(160).repeat(2) * s // 160  # 160 cosines and 160 sines, from 0 to 4 kHz
-        masks = (band == torch.arange(s)[:, None])[self.orders[-1]].float()
-        return masks[None, :, :, None].expand(len(latents), -1, -1, latents.shape[-1])
-
-
-def talkers(n_speakers, seconds, rate):
-    """Known sources [S, T]: a chirping tone in each one's band, at times silent for seconds."""
-    rng, time = np.random.default_rng(n_speakers), np.arange(round(seconds * rate)) / rate
-    sources = []
-    for k in range(n_speakers):
-        width = 4000 / n_speakers
-        tone = np.sin(2 * np.pi * (k + 0.4) * width * time + 0.15 * width * np.sin(2 * np.pi * 0.7 * time))
-        level = rng.choice([0, 0.01, 0.1, 0.3], math.ceil(seconds))
-        level[[0, -2, -1]] = 0  # the codec has nothing to overlap with at either end
-        level = np.repeat(level, rate)[: len(time)]
-        sources.append(tone * np.convolve(level, np.hanning(rate // 4) / np.hanning(rate // 4).sum(), "same"))
-    return np.stack(sources).astype(np.float32)
+@pytest.mark.parametrize(
+    "rate, channels, samples, subtype",
+    [(8000, 1, 800, "PCM_16"), (44100, 2, 30001, "PCM_24"), (11025, 6, 20000, "FLOAT")],
+)
+def test_estimates_keep_rate_length_and_level(codec, rate, channels, samples, subtype):
+    """Nor does a constant offset of half of full scale cost anything."""
+    wav = 0.2 * np.sin(2 * np.pi * 300 * np.arange(samples) / rate)  # in the lower band
+    for offset in (0, 0.5):
+        model = Bands()
+        sf.write("a.wav", np.repeat(wav[:, None], channels, 1) + offset, rate, subtype)
+        estimates, out_rate = separate_wav(model, codec, "a.wav")
+        assert out_rate == rate and estimates.shape == (2, samples)
+        low, high = estimates[np.argsort(model.orders[0])] - offset / 2  # they add up to it
+        middle = slice(samples // 4, -samples // 4)
+        assert np.abs(low - wav)[middle].max() < 0.02 and np.abs(high)[middle].max() < 0.02
 
 
-@pytest.mark.parametrize("n_speakers, rate, seconds", [(2, 8000, 32.77), (3, 44100, 14.3), (4, 11025, 23)])
-def test_windows_join_to_the_whole_and_no_speaker_swaps(codec, tmp_path, monkeypatch, n_speakers, rate, seconds):
-    """Masks that depend on the time at hand alone show what the joints do, and known sources who is who."""
+@pytest.mark.parametrize("n_speakers, rate, seconds", [(2, 8000, 32.77), (3, 11025, 14.3)])
+def test_windows_join_to_the_whole_and_no_speaker_swaps(
+    codec, monkeypatch, n_speakers, rate, seconds
+):
+    """Masks that depend on the frame alone show what the joints do, known sources who is who."""
     sources = talkers(n_speakers, seconds, rate)
-    sf.write(tmp_path / "mix.wav", np.repeat(sources.sum(0)[:, None], 2, 1), rate, subtype="FLOAT")
-    whole, _ = separate_wav(Bands(n_speakers), codec, tmp_path / "mix.wav")
+    sf.write("a.wav", sources.sum(0), rate, "FLOAT")
+    whole, _ = separate_wav(Bands(n_speakers), codec, "a.wav")
     monkeypatch.setattr(separate_program, "WINDOW", 5)
     monkeypatch.setattr(separate_program, "OVERLAP", 2)
     model = Bands(n_speakers)
-    windows, _ = separate_wav(model, codec, tmp_path / "mix.wav")
-    assert len({tuple(order.tolist()) for order in model.orders}) > 1 and len(model.orders) > 4
+    windows, _ = separate_wav(model, codec, "a.wav")
+    assert len(set(map(str, model.orders))) > 1 and len(model.orders) > 4
     assert windows.shape == sources.shape
     # The first window decides the order; from there on every second of it belongs to one speaker.
-    order = model.orders[0].numpy()
+    sources = sources[model.orders[0].numpy()]
     for start in range(0, sources.shape[1], rate):
-        part = slice(start, start + rate)
-        for estimate, source in zip(windows[:, part], sources[order][:, part]):
-            assert np.abs(estimate - source).max() < 0.1 * max(np.abs(source).max(), 0.05)
+        error, source = (x[:, start : start + rate] for x in (np.abs(windows - sources), sources))
+        assert (error.max(1) < 0.1 * np.maximum(np.abs(source).max(1), 0.05)).all()
     assert si_sdr(torch.from_numpy(windows), torch.from_numpy(whole)).min() > 30
 
 
-def test_a_recording_of_one_window_is_separated_as_a_whole(codec, speech, tmp_path):
-    model = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
-    sf.write(tmp_path / "mix.wav", speech.sum(0).numpy(), 8000, subtype="FLOAT")
-    with torch.no_grad():
-        whole = separate(model, codec, speech.sum(0, keepdim=True))[0]
-    assert np.array_equal(separate_wav(model, codec, tmp_path / "mix.wav")[0], whole.numpy())
-
-
-@pytest.mark.parametrize("length", [1, 8000, 8001, 79999, 80000, 80001, 80002, 120000, 120001, 1234567])
-def test_windows_cover_every_length_and_overlap_enough(monkeypatch, length):
-    monkeypatch.setattr(separate_program, "WINDOW", 10)
-    monkeypatch.setattr(separate_program, "OVERLAP", 3)
-    starts = separate_program.window_starts(length, 8000)
-    ends = [min(start + 80000, length) for start in starts]
-    assert starts[0] == 0 and ends[-1] == length and (len(starts) > 1) == (length > 80000)
-    assert all(end - start > 72000 for start, end in zip(starts, ends)) or len(starts) == 1
-    assert all(end - start >= 24000 for start, end in zip(starts[1:], ends))
-    assert all(start % 8000 == 0 for start in starts) and starts == sorted(set(starts))
-
-
-def test_bad_recordings_are_named_and_the_others_are_separated(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "which", lambda name: None)  # no ffmpeg here
-    bad = bad_recordings(tmp_path)
-    for total in (0, 2**36 - 1):  # samples that a FLAC file says it has: unknown, and far more than are there
-        path = tmp_path / f"says_{total}.flac"
-        sf.write(path, np.zeros(8000), 8000)
-        flac = bytearray(path.read_bytes())
+def write_bad_recordings() -> list[str]:
+    tone = 0.1 * np.sin(np.arange(8000))
+    content = {"empty.wav": b"", "text.wav": b"no audio here", "voice.m4a": bytes(1000)}
+    sf.write("nan.wav", np.append(tone, np.nan), 8000, "FLOAT")
+    sf.write("short.wav", tone[:799], 8000)
+    sf.write("whole.flac", tone, 8000)
+    flac = bytearray(Path("whole.flac").read_bytes())
+    content["truncated.flac"] = bytes(flac[: len(flac) // 2])
+    for total in (0, 2**36 - 1):  # samples that it says it has: unknown, and far more than it has
         flac[21:26] = (int.from_bytes(flac[21:26], "big") >> 36 << 36 | total).to_bytes(5, "big")
-        path.write_bytes(flac)
-        bad.append(path)
-    (tmp_path / "voice.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(1000))
-    bad += [tmp_path / "voice.m4a", Path("/dev/stdin")]
-    for name in "ab":
-        write_tone(tmp_path / f"{name}.wav", 300)
-    flags = ["--ckpt", trained / "best.pt", "--out", tmp_path / "out"]
-    recordings = [bad[0], tmp_path / "a.wav", *bad[1:], tmp_path / "b.wav"]
-    with pytest.raises(DataError) as caught:
-        program("separate", monkeypatch, *recordings, *flags)
-    errors = str(caught.value).split("\nerror: ")
-    assert len(errors) == len(bad) and all(path.name in line for path, line in zip(bad, errors))
-    assert "convert it: ffmpeg -i voice.m4a converted.wav" in errors[-2]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_s1.wav", "a_s2.wav", "b_s1.wav", "b_s2.wav"]
+        content[f"says_{total}.flac"] = bytes(flac)
+    for name, file in content.items():
+        Path(name).write_bytes(file)
+    return ["nan.wav", "short.wav", "missing.wav", "/dev/stdin", *content]
 
 
-def test_folders_are_walked_and_ffmpeg_decodes_what_libsndfile_cannot(trained, tmp_path, monkeypatch):
-    write_tone(tmp_path / "in" / "day" / "a.wav", 300)
-    write_tone(tmp_path / "in" / "night" / "a.wav", 300)
-    (tmp_path / "in" / "call.m4a").write_bytes(bytes(100))
-    (tmp_path / "in" / "notes.txt").touch()
-    write_tone(tmp_path / "in" / ".venv" / "test.wav", 300)
-    fake = tmp_path / "bin" / "ffmpeg"
-    fake.parent.mkdir()
-    fake.write_text(f"#!/bin/sh\nfor last; do :; done\ncp '{tmp_path}/in/day/a.wav' \"$last\"\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
-    program("separate", monkeypatch, tmp_path / "in", "--ckpt", trained / "best.pt", "--out", tmp_path / "out")
-    found = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.wav"))
-    assert found == [f"{name}_s{k}.wav" for name in ("call", "day/a", "night/a") for k in (1, 2)]
-    assert sf.info(tmp_path / "out" / "call_s1.wav").subtype == "FLOAT"
-    (tmp_path / "empty").mkdir()
-    for recordings, message in (
-        ([tmp_path / "empty"], "holds no recordings"),
-        ([tmp_path / "in" / "day" / "a.wav", tmp_path / "in" / "night" / "a.wav"], "a_s1.wav would be written over"),
-        ([tmp_path / "in"], "call_s1.wav would be written over: move it away"),
+def test_bad_recordings_are_named_and_the_others_are_separated(
+    trained, monkeypatch, mistake, capsys
+):
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # no ffmpeg here
+    bad = write_bad_recordings()
+    write_tone(Path("a.wav"))
+    message = mistake("separate", *bad, "a.wav", "--ckpt", trained / "best.pt")
+    assert message.startswith(f"{len(bad)} of {len(bad) + 1} recording(s) were not separated")
+    errors = re.findall(r"error: (.*)", capsys.readouterr().err)
+    assert len(errors) == len(bad) and all(name in line for name, line in zip(bad, errors))
+    assert sorted(os.listdir("separated")) == ["a_s1.wav", "a_s2.wav"]
+
+
+def test_names_are_kept_apart_and_nothing_is_written_over(trained, monkeypatch, call, mistake):
+    for name in ("day/a.wav", "night/a.wav", ".venv/test.wav", "m.ogg"):
+        write_tone(Path("in", name), seconds=0.2)
+    Path("in/m.m4a").touch()
+    Path("in/notes.txt").touch()
+    # ffmpeg decodes what libsndfile can't.
+    Path("ffmpeg").write_text("#!/bin/sh\nfor last; do :; done\ncp in/day/a.wav $last\n")
+    Path("ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{os.getcwd()}:{os.environ['PATH']}")
+    model = ["--ckpt", trained / "best.pt"]
+    for recordings, names in (
+        (["in"], ["day/a", "m_m4a", "m_ogg", "night/a"]),
+        (["in/day/a.wav", "in/night/a.wav"], ["day/a_wav", "night/a_wav"]),
     ):
-        with pytest.raises((DataError, SettingsError), match=message):
-            program("separate", monkeypatch, *recordings, "--ckpt", trained / "best.pt", "--out", tmp_path / "out")
+        shutil.rmtree("separated", ignore_errors=True)
+        call("separate", *recordings, *model)
+        made = sorted(path.as_posix() for path in Path("separated").rglob("*.wav"))
+        assert made == [f"separated/{name}_s{k}.wav" for name in names for k in (1, 2)]
+    again = ["separate", "in/day/a.wav", "in/night/a.wav", *model]
+    mine = Path("separated/day/a_wav_s1.wav")
+    before = mine.read_bytes()
+    mine.write_bytes(b"mine")
+    assert "is there already: give --overwrite" in mistake(*again)
+    assert mine.read_bytes() == b"mine"
+    call(*again, "--overwrite")
+    assert mine.read_bytes() == before
+    write_tone(Path("in/day/a_s1.wav"))
+    assert "over an input" in mistake("separate", "in/day", *model, "--out", "in/day")
+
+
+def test_what_is_lost_of_a_recording_is_said(codec, capsys):
+    write_tone(Path("cut.wav"))
+    Path("cut.wav").write_bytes(Path("cut.wav").read_bytes()[:24044])
+    tones = [0.3 * np.sin(2 * np.pi * hertz * np.arange(8000) / 8000) for hertz in (300, 500)]
+    sf.write("stereo.wav", np.stack(tones, 1), 8000)
+    sf.write("same.wav", np.stack(tones[:1] * 2, 1), 8000)
+    for name, note in (
+        ("cut", "note: cut.wav is cut off: it holds 1.50 s, less than its header says\n"),
+        ("stereo", "note: the 2 channels of stereo.wav differ, and are mixed to one first\n"),
+        ("same", ""),
+    ):
+        separate_wav(Bands(), codec, f"{name}.wav")
+        assert capsys.readouterr().err == note
 
 
 @slow
-def test_an_interrupted_separation_leaves_nothing_half_written(trained, tmp_path):
-    sf.write(tmp_path / "long.wav", np.random.default_rng(0).standard_normal(8000 * 1200) / 8, 8000)
-    flags = ["--ckpt", trained / "best.pt", "--out", tmp_path / "out", tmp_path / "long.wav"]
-    process = subprocess.Popen([sys.executable, "separate.py", *flags], stderr=subprocess.PIPE, text=True, cwd=HERE)
-    while not list(tmp_path.glob("out/*.part")) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)  # Ctrl-C's SIGINT goes the same way
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and not any((tmp_path / "out").iterdir())
-    assert "error: interrupted; what was finished is kept" in stderr and "Traceback" not in stderr
-
-
-RATES = [1000, 1009, 7999, 8000, 11025, 44100, 48000, 96000, 192000]
-FORMATS = [(8, 1), (16, 1), (24, 1), (32, 1), (32, 3), (64, 3)]  # bits, and 1 for integers or 3 for floats
-FLAWS = {
-    "rate": [0, 1, 2, 79, 999, 192001, 2**31 - 1, 2**32 - 1],
-    "channels": [0],
-    "format": [(12, 1), (64, 1), (16, 3), (0, 1), (16, 2), (16, 65534)],
-    "seconds": [0, 0.001, 0.0999],
-    "value": [np.nan, np.inf, -np.inf],
-    "scale": [1e-30, 1e10, 1e18, 1e30, 3e38],
-    "data": [0, 1, 0.5, 3, 1e6],  # the sizes that the header claims, in the true ones
-    "riff": [0, 0.5, 1e6],
-    "kept": [0, 11, 30, 43, 44, 45, 1001],  # bytes of the file
-}
+def test_an_interrupted_separation_leaves_nothing_half_written(trained):
+    sf.write("long.wav", np.random.default_rng(0).standard_normal(8000 * 1200) / 8, 8000)
+    process = start("separate.py", "long.wav", "--ckpt", trained / "best.pt")
+    wait_until(lambda: list(Path("separated").glob(".*.part")), process)
+    assert interrupt(process, signal.SIGTERM) == "error: stopped; what was finished is kept"
+    assert not os.listdir("separated")
 
 
 @st.composite
-def recordings(draw):
-    """A WAV file made by hand with at most one flaw, so that its header can say anything of its samples."""
-    flaw = draw(st.sampled_from(["none", "none", "none", *FLAWS]))
-
-    def pick(name, *usual):
-        return draw(st.sampled_from(FLAWS[name] if name == flaw else usual))
-
-    rate, channels = pick("rate", *RATES), pick("channels", *range(1, 9))
-    bits, kind = pick("format", *(FORMATS[4:] if flaw in ("value", "scale") else FORMATS))
-    rng, samples = np.random.default_rng(0), round(pick("seconds", 0.1, 0.11, 0.3) * min(rate, 192000))
-    signal = {
-        "noise": rng.uniform(-0.5, 0.5, (samples, channels)),
-        "silence": np.zeros((samples, channels)),
-        "square": np.sign(np.sin(np.arange(samples) / 9 + 0.1))[:, None].repeat(channels, 1),
-    }[draw(st.sampled_from(["noise", "silence", "square"]))]
-    if kind == 3 and bits > 16:
-        signal *= pick("scale", 1)
-        if flaw == "value":
-            signal[samples // 2] = pick("value")
-        data = signal.astype(f"<f{bits // 8}").tobytes()
-    else:
-        whole = np.round(signal * (2.0 ** (bits - 1) - 1)).clip(-(2.0**62), 2.0**62).astype("<i8") + 128 * (bits == 8)
-        data = whole.reshape(-1, 1).view("u1")[:, : -(-bits // 8)].tobytes()
-    frame = channels * bits // 8
-    sizes = (min(round(pick(name, 1) * (len(data) + more)), 2**32 - 1) for name, more in (("riff", 36), ("data", 0)))
-    wav = struct.pack("<4sI4s4sIHHIIHH", b"RIFF", next(sizes), b"WAVE", b"fmt ", 16, kind, channels, rate,
-                      rate * frame % 2**32, frame, bits) + struct.pack("<4sI", b"data", next(sizes)) + data  # fmt: skip
-    return wav[: pick("kept", None)]
+def wav_files(draw):
+    """A WAV file of any rate, shape, kind and level, its header overwritten here and there."""
+    rate = draw(st.sampled_from([1, 79, 999, 1000, 1009, 8000, 44100, 192000, 192001]))
+    samples = round(rate * draw(st.sampled_from([0, 0.001, 0.0999, 0.1, 0.11, 0.3])))
+    shape = (samples, draw(st.integers(1, 8)))
+    level = draw(st.sampled_from([0, 0.5, 0.5, 0.5, 1e-30, 1e10, 1e18, 3e38, np.nan, np.inf]))
+    kind = draw(st.sampled_from(["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"]))
+    file = io.BytesIO()
+    audio = level * np.random.default_rng(0).uniform(-1, 1, shape)
+    sf.write(file, audio, rate, kind, format="WAV")
+    wav = bytearray(file.getvalue())
+    edits = st.tuples(st.integers(0, 60), st.integers(0, 255))
+    for place, byte in draw(st.lists(edits, max_size=2)):
+        wav[place % len(wav)] = byte
+    return bytes(wav[: draw(st.sampled_from([None, None, None, 0, 11, 43, 45, 1001]))])
 
 
-@given(recordings())
-@settings(max_examples=150 if os.environ.get("SLOW") else 40, derandomize=True, deadline=None, database=None)
-def test_any_input_gives_finite_audio_or_one_clear_line(codec, tmp_path_factory, wav):
+@given(wav_files())
+@settings(max_examples=150 if os.environ.get("SLOW") else 40, derandomize=True, deadline=None)
+def test_any_input_gives_finite_audio_or_one_clear_line(codec, wav):
     """What libsndfile reads of a file is separated at full length, the rest refused."""
-    model = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY)).eval()
-    path = tmp_path_factory.getbasetemp() / "fuzz.wav"
-    path.write_bytes(wav)
+    Path("fuzz.wav").write_bytes(wav)
     try:
-        with mock.patch.object(shutil, "which", return_value=None):  # ffmpeg may read more than libsndfile
-            estimates, rate = separate_wav(model, codec, path)
+        with mock.patch.object(shutil, "which", return_value=None):  # ffmpeg may read more
+            estimates, rate = separate_wav(Bands(), codec, "fuzz.wav")
     except DataError as error:
-        assert path.name in str(error) and "\n" not in str(error)
+        assert "fuzz.wav" in str(error) and "\n" not in str(error)
     else:
-        info = sf.info(path)
-        assert estimates.shape == (2, info.frames) and rate == info.samplerate and np.isfinite(estimates).all()
+        info = sf.info("fuzz.wav")
+        assert estimates.shape == (2, info.frames) and rate == info.samplerate
+        assert np.isfinite(estimates).all()
 
 
-def test_bad_checkpoints_are_refused(trained, tmp_path, official_file):
-    good = torch.load(trained / "best.pt", weights_only=True)
-    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
-    (tmp_path / "empty.pt").touch()
-    torch.save({**good, "config": {**good["config"], "d_model": 32}}, tmp_path / "other_config.pt")
-    torch.save({**good, "codec": {**good["codec"], "fingerprint": "0"}}, tmp_path / "other_codec.pt")
-    torch.save({**good, "separator": "tasnet"}, tmp_path / "other_separator.pt")
-    torch.save({"weights": 1}, tmp_path / "other.pt")
-    for name in ("bomb", "empty", "other_config", "other_codec", "other_separator", "other", "missing"):
-        with pytest.raises(SettingsError) as caught:
-            load_separator(tmp_path / f"{name}.pt", "cpu")
-        assert "\n" not in str(caught.value) and name in str(caught.value)
-        assert ("this checkout has codecformer, sepformer" in str(caught.value)) == (name == "other_separator")
-    with pytest.raises(SettingsError, match="another codec"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        load_separator(trained / "best.pt", "cpu", str(official_file[0]))
+# The repository -----------------------------------------------------------------------------------
 
 
-def test_mistakes_on_the_command_line_end_in_one_line_and_a_failure(trained, tmp_path, monkeypatch, capsys):
-    blocked, out = tmp_path / "file", ["--out", tmp_path / "x"]
-    blocked.write_bytes(b"\xff")
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "best.pt").touch()
-    best = ["--ckpt", trained / "best.pt"]
-    for name, arguments, message in [
-        ("train", ["--resume", "--out", tmp_path / "new"], "nothing to resume"),
-        ("train", ["--out", trained], "holds a run already"),
-        ("train", ["--out", tmp_path / "kept"], "holds a run already"),
-        ("train", ["--speeds", "0", "100", *out], "--speeds: 0 is out of range"),
-        ("train", ["--snr", 0, 5, *out], "--snr needs --noise"),
-        ("recipes.mix", ["--speech", SPEECH, "--snr", -6, 3, *out], "--snr needs --noise"),  # WHAM!'s own, too
-        ("train", ["--codec", "bundled", "--loss_seconds", "0.1", "--seconds", "0.1", *out], "raise --seconds"),
-        ("train", [f"@{blocked}", *out], "give a file of flags"),
-        ("train", ["--out", blocked / "run"], "can't write"),
-        ("train", ["--data", SPEECH / "carlo", *out], "at least 2 are needed"),
-        ("train", ["--codec", "dac_7khz", *out], "no codec dac_7khz"),
-        ("train", ["--lr", "-1", *out], "--lr: -1 is out of range"),
-        ("train", ["--loss_seconds", "-1", *out], "--loss_seconds: -1 is out of range"),
-        ("train", ["--max_steps", "0", *out], "--max_steps: 0 is out of range"),
-        ("train", ["@config/sepformer_wsj0_2mix.txt", "--loss", "embedding", "--data", SPEECH, "--valid", SPEECH,
-                   "--epoch_size", 4, *out], "sepformer has no latents"),
-        ("train", ["@config/sepformer_wsj0_2mix.txt", "--loss_seconds", 1, "--data", SPEECH, "--valid", SPEECH,
-                   "--epoch_size", 4, *out], "sepformer has no latents"),
-        ("train", ["@config/none.txt", *out], "can't read config/none.txt"),
-        ("train", ["@config/shared/codecformer.txt", *out], "--data is missing"),
-        ("train", ["--n_heads", "7", *out], "multiple of n_heads"),
-        ("train", ["--init", tmp_path / "none.pt", *out], "no checkpoint"),
-        ("train", ["--epoch_size", "4", "--batch_size", "8", *out], "less than one update"),
-        ("evaluate", ["--situations", "--ckpt", tmp_path / "none.pt"], "no checkpoint"),
-        ("evaluate", ["--ckpt", "a", "b"], "compared with --situations"),
-        ("evaluate", ["--n_codebooks", 13], "13 codebooks asked for, transform has 1 to 12"),
-        ("evaluate", [*best, "--out", blocked / "y"], "can't write"),
-        ("separate", [tmp_path / "none.wav", *best, "--out", tmp_path / "z"], "is no file"),
-        ("recipes.mix", ["--speech", SPEECH / "carlo", *out], "at least 2 are needed"),
-        ("recipes.mix", ["--speech", SPEECH, "--out", blocked / "set", "--n", "1"], "can't write"),
-        ("recipes.report", [tmp_path], "holds no results"),
-        ("recipes.curves", [tmp_path], "can't draw"),
-        ("recipes.curves", [trained, "--out", tmp_path / "curves.xyz"], "can't draw"),
-        ("recipes.mix", ["--speech", SPEECH, "--seconds", "nan", *out], "--seconds: nan is out of range"),
-        ("recipes.librispeech", ["--librispeech", tmp_path / "none", *out], "lacks 40 of the 40"),
-        ("recipes.train_codec", ["--data", SPEECH, "--valid", SPEECH, "--steps", 0, *out], "--steps: 0 is out of"),
-        ("recipes.train_codec", ["--data", SPEECH, "--valid", SPEECH, "--sums", 2, *out], "must lie in 0 to 1"),
-        ("recipes.pack", ["--speech", SPEECH, "--minutes", "two", *out], "--minutes: invalid float value: 'two'"),
-        ("recipes.train_codec", ["--data", SPEECH, "--valid", SPEECH, "--resume", "--out", trained], "can't be resu"),
-        ("recipes.wsj0_mix", ["--wsj0", tmp_path, *out], "either --lists"),
-    ]:  # fmt: skip
-        printed = mistake(monkeypatch, capsys, name, *arguments)
-        assert message in printed, (name, arguments, printed)
-    assert not (tmp_path / "x").exists()  # nothing is left behind
+def own_imports(path: Path) -> set[str]:
+    """The modules of this repository that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if (HERE / f"{name.replace('.', '/')}.py").exists()}
 
 
-CONFIGS = sorted(p.name for p in (HERE / "config").glob("*.txt"))
+def test_no_two_files_import_each_other_and_nothing_on_the_path_imports_a_recipe():
+    path = {file.stem: own_imports(file) for file in HERE.glob("*.py") if "test" not in file.stem}
+    recipes = {f"recipes.{file.stem}": own_imports(file) for file in HERE.glob("recipes/*.py")}
+    assert "codecformer" in path["train"] and "recipes.curves" in recipes["recipes.claims"]
+    assert not [name for names in path.values() for name in names if name.startswith("recipes")]
+    TopologicalSorter({**path, **recipes}).prepare()  # raises CycleError where there is a circle
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c not in ("bundled.txt", "gpu.txt")])
+def test_no_committed_file_holds_a_path_of_the_machine_it_was_made_on():
+    listed = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True).stdout
+    for path in filter(Path.is_file, map(HERE.joinpath, listed.splitlines())):
+        # Files of tensors too: their strings stand in them as they are.
+        found = re.search(rb"[\s\"'=:(]/(home|root|work|Users|mnt)/", path.read_bytes())
+        assert not found, (path, found)
+    assert program.portable(ASSETS / "codec.pth") == "assets/codec.pth"
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (HERE / "config").iterdir()))
 def test_every_config_holds_the_papers_settings(config):
-    args = settings_of(f"@config/{config}")
-    assert (args.lr, args.clip, args.batch_size, args.threshold, args.accumulate) == (1.5e-4, 5, 1, -30, 1)
-    assert (args.schedule, args.patience, args.plateau_start) == ("plateau", 2, 5) and args.speeds == [95, 100, 105]
-    assert (args.quantize_before, args.quantize_after) == ("rvq" in config,) * 2
-    assert args.loss == ("csi_sdr" if "csi_sdr" in config else "si_sdr") and args.loss_seconds == 0
-    codec = {"lyra.txt": "lyra", "sepformer_wsj0_2mix.txt": "transform"}.get(config, "dac_16khz")
-    assert args.sample_rate == 8000 and args.codec == codec
-    assert args.out == f"runs/{config.removesuffix('.txt')}" and args.epochs == (80 if "libri" in config else 200)
+    """What the paper, its authors' scripts and, for the baseline, SpeechBrain's recipe say."""
+    run, sizes = import_module("recipes.cost").read_settings([f"@{HERE}/config/{config}"])
+    assert (run.lr, run.clip, run.batch_size, run.accumulate) == (1.5e-4, 5, 1, 1)
+    assert (run.schedule, run.patience, run.plateau_start) == ("plateau", 2, 5)
+    assert (run.threshold, run.speeds, run.sample_rate) == (-30, [95, 100, 105], 8000)
+    assert (run.quantize_before, run.quantize_after) == ("rvq" in config,) * 2
+    assert run.loss == ("csi_sdr" if "csi" in config else "si_sdr") and run.loss_seconds == 0
+    codecs = {"lyra.txt": "lyra", "sepformer_wsj0_2mix.txt": "transform"}
+    assert run.codec == codecs.get(config, "dac_16khz")
+    assert run.out == f"runs/{config.removesuffix('.txt')}"
+    # An epoch is all of the set: 20,000 mixtures of WSJ0-2mix, 50,800 of Libri2Mix.
+    length = (80, 50800) if "libri" in config else (200, 20000)
+    assert (run.epochs, run.epoch_size) == length
     with torch.device("meta"):
-        model = build_model(vars(args), 1024)
-    assert sum(p.numel() for p in model.parameters()) == (25_679_361 if "sepformer" in config else 17_361_408)
-
-
-@slow
-def test_the_papers_config_starts(tmp_path, official_file, monkeypatch):
-    """Three steps of the full-size model, on a set of the same layout and a codec file of the official format."""
-    monkeypatch.chdir(tmp_path)
-    for split, n in (("tr", 3), ("cv", 1)):
-        folder = Path("wsj0-mix/2speakers/wav8k/min") / split
-        write_fixed_set(SpeakerMixtures(SPEECH, 8000, 0.4, n), folder)
-        (folder / "mix_clean").rename(folder / "mix")
-    flags = [f"@{HERE}/config/wsj0_2mix.txt", "--codec", official_file[0], "--epochs", 1, "--seconds", 0.3]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        train.train(*parse_args([*map(str, flags)]))
-    _, row = logged(Path("runs/wsj0_2mix"))
-    assert (row["epoch"], row["step"], row["skipped"]) == ("1", "3", "0") and math.isfinite(float(row["loss"]))
+        latent_dim = 64 if run.codec == "lyra" else 1024
+        model = build_model(run.model, sizes, run.n_speakers, latent_dim)
+    published = {"lyra.txt": 12_686_208, "sepformer_wsj0_2mix.txt": 25_679_361}
+    assert count_parameters(model) == published.get(config, 17_361_408)
 
 
 class Parsed(Exception):
     pass
 
 
-def test_every_command_of_the_readme_is_understood(monkeypatch):
-    """Each program's own parser takes it."""
-    readmes = HERE / "README.md", ASSETS / "README.md", ASSETS / "results" / "README.md"
-    text = "\n".join(path.read_text() for path in readmes)
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    genuine, seen = data.Parser.parse_args, set()
+def documented_commands() -> list[str]:
+    """Those in ```bash blocks of the README, and in the docstrings of programs and recipes.
 
-    def parse(self, *args, **kwargs):
-        genuine(self, *args, **kwargs)
+    What made the files in assets/ is documented there as it was run, at the revision of its time.
+    """
+    found = []
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        found += block.splitlines()
+    for path in (*HERE.glob("*.py"), *HERE.glob("recipes/*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        lines = re.sub(r"\\\n\s*", "", docstring).splitlines()
+        found += [line.strip() for line in lines if line.startswith("    ")]
+    found = [re.split(r"\s{2,}|\s#", line)[0] for line in found]  # without remarks
+    return [re.sub(r"\$\(seq (\d+) (\d+)\)", r"\1 \2", line) for line in found]
+
+
+def test_every_documented_command_is_understood(monkeypatch, capsys):
+    """By its program's own parser."""
+    genuine = program.Parser.parse_args
+
+    def parse(self, *args):
+        genuine(self, *args)
         raise Parsed
 
-    for command in commands:
-        numbers = lambda found: " ".join(map(str, range(int(found[1]), int(found[2]) + 1)))  # noqa: E731
-        command = re.sub(r"\$\(seq (\d+) (\d+)\)", numbers, command)
-        words = shlex.split(command.split("; ")[-1], comments=True)
-        if "train.py" in words and words[0] in ("python", "torchrun", "OMP_NUM_THREADS=1"):
-            parse_args([w for w in words[words.index("train.py") + 1 :] if w != "..."])
-            seen.add("train.py")
-        elif words[:1] == ["python"] and not words[1].endswith("pytest"):
-            name = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
-            if name == "pytest":
-                continue
-            with monkeypatch.context() as patched, pytest.raises(Parsed):
-                patched.setattr(data.Parser, "parse_args", parse)
-                program(name, monkeypatch, *words[3 if words[1] == "-m" else 2 :])
+    monkeypatch.setattr(program.Parser, "parse_args", parse)
+    monkeypatch.chdir(HERE)
+    seen, wrong = set(), []
+    for command in documented_commands():
+        form = r"(?:\w+=\S+ )*(?:python|torchrun --\S+) (?:-m (recipes\.\w+)|(\w+)\.py)(?: (.*))?"
+        match = re.fullmatch(form, command)
+        if match and "..." not in command:
+            name = match[1] or match[2]
+            monkeypatch.setattr(sys, "argv", [name, *shlex.split(match[3] or "")])
             seen.add(name)
-    recipes = {f"recipes.{p.stem}" for p in (HERE / "recipes").glob("*.py") if p.stem not in ("__init__", "sepformer")}
-    assert seen >= {"train.py", "evaluate", "separate", *recipes}
+            try:
+                import_module(name).main()
+            except Parsed:
+                pass
+            except (ImportError, SystemExit):
+                wrong.append((command, capsys.readouterr().err))
+    assert {"train", "evaluate", "separate", "recipes.mix", "recipes.codes"} <= seen
+    assert not wrong
+
+
+# Recipes ------------------------------------------------------------------------------------------
+
+
+def test_codecs_are_scored_by_what_they_transmit_and_how_their_latents_add(
+    speech, monkeypatch, call
+):
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # no Opus here
+    monkeypatch.setitem(CODECS, "frames", load_frames)  # whose latents are samples
+    write_set("set", {"x": speech.numpy()})
+    call("recipes.codec_scores", "--data", "set", "--codecs", "frames", "--out", ".")
+    rows = json.loads(Path("codec_scores.json").read_text())["rows"]
+    reached = {row.removeprefix("frames/"): x["si_sdr"]["mean"] for row, x in rows.items()}
+    a, b = speech
+    mask = a**2 / (a**2 + b**2 + 1e-12)
+    assert reached.pop("ideal_mask") == pytest.approx(their_si_sdr(mask * (a + b), a), abs=0.05)
+    assert reached.keys() == {"unquantised", "0.05", "latents_added"}  # 0.05 kbit/s
+    assert min(reached.values()) > 60
+    # Of a folder of speakers, one utterance each.
+    signals = list(import_module("recipes.codec_scores").read_signals(SPEECH))
+    assert len(signals) == 5 and all(sources is None for _, sources in signals)
+
+
+def test_costs_are_counted_and_timed_as_they_are():
+    cost = import_module("recipes.cost")
+    gmac = cost.count_macs(nn.Conv1d(3, 5, 7, bias=False), 1, 3, 106)
+    assert gmac == pytest.approx(3 * 5 * 7 * 100 / 1e9)
+    calls = {"short": partial(time.sleep, 0.01), "long": partial(time.sleep, 0.05)}
+    seconds = cost.median_seconds(calls, 3, torch.device("cpu"))
+    assert 0.01 <= seconds["short"] < 0.05 <= seconds["long"]
+    for line in (*cost.STEPS.values(), *cost.CODECFORMERS.values()):
+        run, sizes = cost.read_settings(line)
+        with torch.device("meta"):
+            build_model(run.model, sizes, run.n_speakers, 64)
+
+
+def test_curves_of_runs_are_drawn(trained, call, mistake):
+    call("recipes.curves", trained, "--out", "curves.png")
+    assert Path("curves.png").stat().st_size > 5000
+    assert "can't draw" in mistake("recipes.curves", ".")
+    assert "can't draw" in mistake("recipes.curves", trained, "--out", "curves.xyz")
+
+
+def test_voices_are_packed_into_minutes(call, mistake):
+    for path in ("low/a.wav", "high/a.wav", "high/b.wav"):
+        write_tone(Path("speech", path), {"l": 200, "h": 500}[path[0]], 16000, seconds=40)
+    line = ["recipes.pack", "--speech", "speech", "--minutes", 1.25, "--speakers"]
+    call(*line, "high", "--loss", 0.3, "--out", "packed")
+    minutes = [read_audio(f"packed/high/0{k}.ogg")[0] for k in (0, 1)]
+    assert [len(minute) for minute in minutes] == [60 * 8000, 15 * 8000]
+    # The first recording, a gap of 0.2 s, and as much of the other as there is room for.
+    first, gap, second = np.split(np.concatenate(minutes), [320000, 321600])
+    assert gap[100:-100].std() < 0.01
+    for part in (first, second):
+        tone = 0.5 * np.sin(2 * np.pi * 500 * np.arange(len(part)) / 8000)
+        assert their_si_sdr(part.astype(float), tone) > 20
+    assert "has no voice none: choose of high, low" in mistake(*line, "none", "--out", "x")
+
+
+def test_what_claims_runs_are_flags_that_train_takes():
+    claims = import_module("recipes.claims")
+    runs = claims.list_runs(48000, "noise")
+    assert len(runs) == len(claims.BY_TIME) + len(claims.BY_MIXTURES) + len(claims.TWICE)
+    for run, line in runs.items():
+        settings, sizes = import_module("recipes.cost").read_settings([*map(str, line)])
+        with torch.device("meta"):
+            build_model(settings.model, sizes, settings.n_speakers, 64)
+        assert run.startswith("time") or settings.epoch_size * settings.epochs == 48000
+    chosen = claims.choose_runs(runs, ["activation/relu"])
+    assert list(chosen) == ["activation/relu/0", "activation/relu/1"]
+    with refused("no run is called activation/swish"):
+        claims.choose_runs(runs, ["activation/swish"])
 
 
 @slow
-def test_claims_are_trained_scored_and_tabled_and_not_made_twice(tmp_path, monkeypatch):
-    """The real script with runs of two updates, called in this process."""
+def test_claims_are_trained_scored_and_tabled_and_not_made_twice(monkeypatch, call, scored_here):
+    """The real recipe with runs of few updates, its programs called in this process."""
+    claims = import_module("recipes.claims")
     calls = []
 
-    def call(*command, log):
-        words = [str(word) for word in command]
-        calls.append(words)
-        program(words[1] if words[0] == "-m" else words[0][:-3], monkeypatch, *words[1 + (words[0] == "-m") :])
+    def call_here(*line, log):
+        calls.append(line)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        name, *more = line[1:] if line[0] == "-m" else line
+        call(name.removesuffix(".py"), *more)
 
-    tiny = [f"--{name}={value}" for name, value in TINY.items()]
-    tiny += "--seconds 0.5 --batch_size 2 --epoch_size 4 --epochs 1 --valid_size 1 --workers 0".split()
-    base, valid = "--features both --context 3 --speeds 90 110".split() + tiny, ASSETS / "speech" / "valid"
-    monkeypatch.setattr(claims, "call", call)
-    serial = contextlib.nullcontext(SimpleNamespace(map=map))  # train.py wants the main thread, for its signals
-    monkeypatch.setattr(claims, "ThreadPoolExecutor", lambda parallel: serial)
-    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(1))
-    monkeypatch.setattr(claims, "N_SCORED", 2)
-    monkeypatch.setattr(claims, "BASE", ["@config/gpu.txt", *base])
-    sepformer = ["@config/sepformer_wsj0_2mix.txt", *tiny, "--n_blocks=1", "--max_steps=2"]
-    si_sdr_run = ["@config/gpu.txt", *base, "--loss", "si_sdr", "--max_steps=2"]
-    monkeypatch.setattr(claims, "BY_TIME", {"time/si_sdr": si_sdr_run, "time/sepformer": sepformer})
+    tiny = words(**TINY, seconds=0.5, batch_size=2, valid_size=1, workers=0, speeds=[100])
+    sepformer = ["--model", "sepformer", "--n_blocks", "1", *tiny]
+    by_time = {"time/si_sdr": [*tiny, "--loss", "si_sdr"], "time/sepformer": sepformer}
     three = {"base": [], "harder/three_speakers": ["--n_speakers", "3"]}
-    monkeypatch.setattr(claims, "BY_MIXTURES", three)
-    monkeypatch.setattr(claims, "TWICE", ())
-    arguments = ["--codec", "transform", "--data", SPEECH, "--valid", valid, "--score", valid, "--noise", SPEECH]
-    arguments += ["--minutes", 60, "--mixtures", 12]
-    fresh, pooled = ([*arguments, "--out", tmp_path / name] for name in ("claims", "pooled"))
-    monkeypatch.chdir(HERE)
-    program("recipes.claims", monkeypatch, *fresh)
-    rows = json.loads((tmp_path / "claims" / "claims.json").read_text())["rows"]
+    changes = dict(call=call_here, N_SCORED=2, MEASURED=2, BASE=tiny, BY_TIME=by_time, TWICE=())
+    for name, value in {**changes, "BY_MIXTURES": three}.items():
+        monkeypatch.setattr(claims, name, value)
+    valid = ASSETS / "speech" / "valid"
+    folders = words(data=SPEECH, valid=valid, score=valid, noise=SPEECH, out="claims")
+    line = ["recipes.claims", *folders, *words(minutes=0.02, mixtures=12)]
+    call(*line)
+    rows = json.loads(Path("claims/claims.json").read_text())["rows"]
     assert list(rows) == ["time/si_sdr/0", "time/sepformer/0", "base/0", "harder/three_speakers/0"]
-    assert [row["mixtures"] for row in rows.values()] == [4, 4, 12, 12]
+    assert rows["base/0"]["mixtures"] == rows["harder/three_speakers/0"]["mixtures"] == 12
     for run, row in rows.items():
-        scored = json.loads((tmp_path / "claims" / "scores" / run / "results.json").read_text())
-        assert scored["n_speakers"] == 2 + ("three" in run) and scored["n_mixtures"] == 2
-        assert row["si_sdr_i"] == scored["rows"]["sepformer" if "sepformer" in run else "codecformer"]["si_sdr_i"]
-    situations = json.loads((tmp_path / "claims" / "situations" / "results.json").read_text())["rows"]
-    assert {"codecformer/latents/none", "sepformer/latents/none"} <= situations.keys()
-    assert len((tmp_path / "claims" / "claims.md").read_text().splitlines()) == 2 + len(rows)
-    assert (tmp_path / "claims" / "claims.png").stat().st_size > 5000
-
+        scored = results_of(f"claims/scores/{run}")
+        assert scored["n_speakers"] == 2 + ("three" in run)
+        assert row["si_sdr_i"] == list(scored["rows"].values())[-1]["si_sdr_i"]
+    assert "sepformer/latents/none" in results_of("claims/situations")["rows"]
+    assert len(Path("claims/claims.md").read_text().splitlines()) == 2 + len(rows)
+    assert Path("claims/claims.png").stat().st_size > 5000
     calls.clear()
-    program("recipes.claims", monkeypatch, *fresh, "--only", "harder/three", "--pool", 4)  # which takes no pool
-    assert not calls and json.loads((tmp_path / "claims" / "claims.json").read_text())["rows"] == rows
-
-    program("recipes.claims", monkeypatch, *pooled, "--only", "base", "harder", "--pool", 4)
-    trained = {}
-    for name in ("base", "harder/three_speakers"):
-        args = json.loads((tmp_path / "pooled" / name / "0" / "args.json").read_text())
-        trained[name] = args["data"], args["speeds"]
-    assert trained == {
-        "base": (str(tmp_path / "pooled" / "pool-latents"), [100]), "harder/three_speakers": (str(SPEECH), [100])
-    }  # fmt: skip
-    with pytest.raises(SettingsError, match="no run is called activation/swish"):
-        program("recipes.claims", monkeypatch, *fresh, "--only", "activation/swish")
-    with pytest.raises(SystemExit):
-        program("recipes.claims", monkeypatch, *fresh, "--mixtures", 2)
-
-
-def test_what_claims_and_gpu_call_are_flags_that_train_takes(tmp_path, monkeypatch):
-    commands, parsed = [], []
-    monkeypatch.setattr(gpu, "call", lambda *words, log=None: commands.append([str(word) for word in words]))
-    gpu.run("voices", "valid", 30, "lyra", "set", tmp_path)
-    flags = dict(codec="lyra", data="voices", valid="valid", noise="noise", only=[], mixtures=48000, pool=4, minutes=1)
-    runs = claims.flags_of(SimpleNamespace(**flags, out=tmp_path))
-    trainings = [words[1:] for words in commands if words[0] == "train.py"] + list(runs.values())
-    monkeypatch.chdir(HERE)
-    for words in trainings:
-        args, _ = parse_args([*map(str, words), "--out", str(tmp_path / "r")])
-        parsed.append(build_model(vars(args), 64))
-    assert len(parsed) == 2 + len(claims.BY_TIME) + len(claims.BY_MIXTURES) + len(claims.TWICE)
-
-
-def test_no_committed_file_holds_a_path_of_the_machine_it_was_made_on():
-    def strings(value):
-        if isinstance(value, dict):
-            for pair in value.items():
-                yield from strings(pair)
-        elif isinstance(value, (list, tuple)):
-            for one in value:
-                yield from strings(one)
-        elif isinstance(value, str):
-            yield value
-
-    files = [*ASSETS.rglob("*.json"), *ASSETS.rglob("*.jsonl"), *ASSETS.rglob("*.csv"), *ASSETS.rglob("*.pt*")]
-    weights = {"separator.pt", "separator_bundled.pt", "separator_lyra.pt", "codec.pth", "transform_codebooks.pth"}
-    assert weights | {"results.json"} <= {path.name for path in files}
-    for path in files:
-        content = torch.load(path, weights_only=True) if ".pt" in path.suffix else path.read_text().splitlines()
-        for text in strings(content):
-            assert not re.search(r"(^|[\s\"'=:])(/[a-z]+/|~|[A-Z]:\\)", text), (path.name, text)
-    assert ".hypothesis/" in (HERE / ".gitignore").read_text().splitlines()
-
-
-# Training a codec -----------------------------------------------------------------------------------------------------
-
-
-TINY_CODEC = replace(
-    train_codec.SHAPE, widths=(32, 160, 320), strides=(5, 2), latent_dim=160, n_codebooks=2, codebook_size=16
-)  # fmt: skip
+    call(*line, "--only", "harder/three")
+    assert not calls and json.loads(Path("claims/claims.json").read_text())["rows"] == rows
 
 
 @pytest.fixture
-def chords(tmp_path):
-    """A folder of three speakers, each a chord of its own with pauses."""
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        (tmp_path / "speech" / name).mkdir(parents=True)
-        time = np.arange(3 * 8000) / 8000
-        pitch = rng.uniform(80, 250)
-        wav = sum(np.sin(2 * np.pi * pitch * k * time + rng.uniform(0, 6)) / k for k in range(1, 12))
-        wav *= 0.1 * (np.sin(2 * np.pi * 2 * time) > -0.5)
-        sf.write(tmp_path / "speech" / name / "0.wav", wav + 0.001 * rng.standard_normal(len(wav)), 8000)
-    return tmp_path / "speech"
+def train_codec(monkeypatch):
+    """The recipe, with a small network."""
+    recipe = import_module("recipes.train_codec")
+    small = dict(widths=(32, 160, 320), strides=(5, 2), n_codebooks=2, codebook_size=16)
+    shape = replace(recipe.SHAPE, **small, code_dim=16, coder_rounds=1)
+    monkeypatch.setattr(recipe, "SHAPE", shape)
+    monkeypatch.setattr(recipe, "N_REFERENCE", 4)
+    return recipe
 
 
-def test_the_network_starts_transparent():
-    torch.manual_seed(0)
-    codec = SoundStream(TINY_CODEC)
-    train_codec.start_transparent(codec)
-    wav = torch.randn(2, 1, 8000) * 0.05
-    with torch.no_grad():
-        assert si_sdr(codec.decoder(codec.encoder(wav))[..., 160:-160], wav[..., 160:-160]).min() > 15
-
-
-def test_the_first_latents_are_narrow_bands_in_order():
-    """A tone excites the latents whose bands it lies in: band k of 160 lies around 25 (k + 0.5) Hz."""
-    torch.manual_seed(0)
-    codec = SoundStream(TINY_CODEC)
-    train_codec.start_transparent(codec)
+@torch.no_grad()
+def test_a_codec_starts_transparent_and_its_latents_are_narrow_bands_in_order(train_codec):
+    network = train_codec.start_transparent(train_codec.SoundStream(train_codec.SHAPE))
+    wav = torch.randn(2, 1, 8000) * train_codec.LEVEL
+    decoded = network.decoder(network.encoder(wav))
+    assert si_sdr(decoded[..., 160:-160], wav[..., 160:-160]).min() > 15
+    # Band k of 160 cosines, and of 160 sines, lies around 25 (k + 0.5) Hz.
     for band in (8, 40, 100):
         tone = torch.sin(2 * math.pi * 25 * (band + 0.5) * torch.arange(8000) / 8000)
-        with torch.no_grad():
-            energy = codec.encoder(0.05 * tone[None, None])[0, :, 3:-3].square().sum(1)
-        assert abs(int(energy.argmax()) - band) <= 1 and energy[band - 2 : band + 3].sum() > 0.7 * energy.sum()
-
-
-def test_k_means_comes_as_near_as_another_and_the_entries_then_follow_the_latents():
-    torch.manual_seed(0)
-    codec = SoundStream(replace(TINY_CODEC, n_codebooks=1))
-    books = train_codec.Codebooks(codec)
-    spread = torch.linspace(2, 0.1, 160)
-
-    @torch.no_grad()
-    def error(latents):
-        return float((codec.quantizer(latents.T[None], 1)[0][0].T - latents).square().sum(1).mean())
-
-    latents = torch.randn(4000, 160) * spread
-    books.fit(latents, 320)
-    reference = KMeans(16, n_init=1, init="random", random_state=0).fit(latents.numpy()).inertia_ / len(latents)
-    assert error(latents) < 1.03 * reference
-
-    assert error(latents + 2) > 2 * reference  # the latents move, and the entries with them
-    for _ in range(600):
-        moved = (torch.randn(320, 160) * spread + 2).T[None]
-        books.follow(moved, codec.quantizer(moved, 1)[1])
-    assert error(latents + 2) < 1.1 * reference
+        energy = network.encoder(0.05 * tone[None, None])[0, :, 3:-3].square().sum(1)
+        energy = energy.view(2, 160).sum(0)
+        assert abs(int(energy.argmax()) - band) <= 1
+        assert energy[band - 2 : band + 3].sum() > 0.7 * energy.sum()
+    # So two signals are as far apart in latents as in waveforms; a tenth as far is 2 bels off.
+    latents = network.encoder(wav)
+    frames = train_codec.lapped_transform(160)[:, None]
+    wav = wav / train_codec.LEVEL
+    assert train_codec.distance_loss(latents, wav, frames).max() < 0.05
+    assert train_codec.distance_loss(latents / 10, wav, frames).mean() > 1
+    # As it is saved, latents have a standard deviation of 1, and what it computes is the same.
+    scaled = train_codec.at_unit_scale(network, [wav * train_codec.LEVEL])
+    latents = scaled.encoder(wav * train_codec.LEVEL)
+    assert latents.std().item() == pytest.approx(1, rel=1e-3)
+    assert torch.allclose(scaled.decoder(latents), decoded, atol=1e-5)
 
 
 @slow
-def test_a_resumed_codec_repeats_the_unbroken_one(chords, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_codec, "SHAPE", TINY_CODEC)
-    monkeypatch.setattr(train_codec, "UNQUANTISED_STEPS", 2)
-    validations = []
-
-    def validate(codec, utterances):
-        validations.append(len(utterances))
-        if len(validations) == 6:  # of the broken run the fourth, after three steps and a checkpoint
-            raise KeyboardInterrupt
-        return {}
-
+def test_a_resumed_codec_repeats_the_unbroken_one(train_codec, monkeypatch):
+    # Of the broken run the third, after two steps and a checkpoint, is the fifth.
+    validate = stopping(lambda *_, **__: {}, 5)
     monkeypatch.setattr(train_codec, "validate", validate)
-    settings = dict(data=chords, valid=chords, init=None, minutes=math.inf, mixtures=0.5, sums=0.5, seed=0)
-    settings |= dict(batch_size=2, workers=0, compile=False, steps=6)
-    train_codec.train(out=tmp_path / "whole", resume=False, every=1e9, **settings)
+    run = dict(data=SPEECH, valid=SPEECH, steps=4, minutes=math.inf, mixtures=0.5, sums=0.5)
+    run |= dict(batch_size=2, workers=0, bf16=False, seed=0)
+    train_codec.train(out=Path("whole"), resume=False, every=1e9, **run)
     with pytest.raises(KeyboardInterrupt):
-        train_codec.train(out=tmp_path / "broken", resume=False, every=0, **settings)
-    assert torch.load(tmp_path / "broken" / "last.pt", weights_only=True)["step"] == 3
-    train_codec.train(out=tmp_path / "broken", resume=True, every=0, **settings)
-    whole, broken = (load_file(tmp_path / name / "codec.pth")[1] for name in ("whole", "broken"))
+        train_codec.train(out=Path("broken"), resume=False, every=0, **run)
+    assert saved("broken")["step"] == 2
+    train_codec.train(out=Path("broken"), resume=True, every=1e9, **run)
+    whole, broken = (saved(name, "latents.pth")["state_dict"] for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
-    assert {tensor.dtype for tensor in whole.values()} == {torch.float16}
 
 
-def test_a_codec_goes_on_from_a_file_of_its_shape_only(chords, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_codec, "SHAPE", TINY_CODEC)
-    monkeypatch.setattr(train_codec, "validate", lambda codec, utterances: {})
+@slow
+def test_codebooks_fitted_to_speech_transmit_it(codec, monkeypatch, call):
+    recipe = import_module("recipes.transform_codec")
+    monkeypatch.setattr(recipe.Transform, "n_codebooks", 3)
+    printed = call("recipes.transform_codec", "--seconds", 60, "--out", "transform.pth")
+    unquantised, quantised = re.findall(r"(\S+) dB SI-SDR", printed)
+    assert float(unquantised) > 40 and float(quantised) > 1
+    weights = torch.load("transform.pth", weights_only=True)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+
+
+# Codes in files -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def even_dac(tmp_path_factory):
+    """A DAC of random weights, in the official package and in a file of the official format.
+
+    Of even strides: the official decoder fails on whole files of odd ones, some samples short.
+    """
+    dac = import_dac()
     torch.manual_seed(0)
-    save_soundstream(SoundStream(TINY_CODEC).half(), tmp_path / "first.pth")
-    save_soundstream(SoundStream(), tmp_path / "lyra.pth")
-    settings = ["--data", chords, "--valid", chords, "--batch_size", 2, "--workers", 0]
-    for steps, same in ((0, True), (1, False)):
-        out = tmp_path / str(steps)
-        limit = ["--steps", 1] if steps else ["--minutes", 1e-9]
-        program("recipes.train_codec", monkeypatch, *settings, "--init", tmp_path / "first.pth", *limit, "--out", out)
-        first, then = (load_file(path)[1] for path in (tmp_path / "first.pth", out / "codec.pth"))
-        # With the RVQ in use from the first step on, its entries too follow what they are given.
-        assert torch.equal(first["quantizer.codebooks"], then["quantizer.codebooks"]) == same
-        assert all(torch.equal(first[name], then[name]) for name in first) == same
-    with pytest.raises(CodecError, match="another shape"):
-        train_codec.load_small(tmp_path / "lyra.pth")
+    model = dac.DAC(
+        encoder_dim=8,
+        encoder_rates=[2, 4, 4, 10],
+        latent_dim=32,
+        decoder_dim=32,
+        decoder_rates=[10, 4, 4, 2],
+        n_codebooks=4,
+        codebook_size=64,
+        codebook_dim=4,
+        sample_rate=16000,
+    )
+    path = tmp_path_factory.mktemp("even") / "weights.pth"
+    model.save(str(path), package=False)
+    return model.eval(), path
 
 
-def test_log_mel_is_zero_for_the_same_and_grows_with_level():
-    log_mel = train_codec.LogMel()
-    wav = torch.randn(3, 6400, generator=torch.Generator().manual_seed(0)) * 0.05
-    assert log_mel(wav, wav).tolist() == [0, 0, 0]
-    assert log_mel(wav * math.sqrt(10), wav) == pytest.approx(torch.ones(3), rel=0.02)  # 10 dB
+@pytest.fixture
+def lfilter(monkeypatch):
+    """audiotools measures loudness by torchaudio's lfilter, which a CPU-only environment lacks."""
+    import sys
+    import types
+
+    def lfilter(x, a, b, clamp=True):
+        y = scipy.signal.lfilter(b[0].numpy(), a[0].numpy(), x.numpy(), axis=-1)
+        return torch.from_numpy(y).float()
+
+    def stack(x, a, b, clamp=True):
+        parts = [
+            scipy.signal.lfilter(b[k].numpy(), a[k].numpy(), x[..., k, :].numpy())
+            for k in range(len(a))
+        ]
+        return torch.from_numpy(np.stack(parts, -2)).float()
+
+    functional = types.ModuleType("torchaudio.functional")
+    functional.lfilter = lfilter
+    torchaudio = types.ModuleType("torchaudio")
+    torchaudio.functional = functional
+    monkeypatch.setitem(sys.modules, "torchaudio", torchaudio)
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", functional)
+    import audiotools.core.loudness
+
+    monkeypatch.setattr(audiotools.core.loudness, "torchaudio", torchaudio, raising=False)
+
+
+def carlo(seconds: float) -> tuple[np.ndarray, int]:
+    path = ASSETS / "speech" / "train" / "carlo" / "00.ogg"
+    return sf.read(path, frames=round(8000 * seconds), dtype="float32")
+
+
+def compressed(model, seconds: float, window: float, path):
+    """The official package's own codes of bundled speech, in `path`."""
+    from audiotools import AudioSignal
+
+    wav, rate = carlo(seconds)
+    model.compress(AudioSignal(wav[None, None], rate), win_duration=window).save(path)
+    return path
+
+
+class Ones(torch.nn.Module):
+    """A separator whose masks are all ones."""
+
+    on_latents = True
+
+    def forward(self, latents):
+        return torch.ones_like(latents)[:, None].expand(-1, 2, -1, -1)
+
+
+def wrapped(path) -> Codec:
+    network, _ = load_file(path)
+    with pytest.warns(UserWarning, match="barely resembles"):  # random weights
+        return Codec(network, 8000, "random")
+
+
+def random_separator(codec: Codec) -> Codecformer:
+    torch.manual_seed(1)
+    config = CodecformerConfig(
+        latent_dim=codec.latent_dim, d_model=16, n_layers=1, n_heads=2, d_ffn=16, dropout=0.0
+    )
+    return Codecformer(config).eval()
+
+
+def test_codes_of_the_official_package_are_separated_and_decoded_by_it(even_dac, lfilter, tmp_path):
+    model, weights = even_dac
+    codec = wrapped(weights)
+    separator = random_separator(codec)
+    call = compressed(model, 3.0, 5.0, tmp_path / "call.dac")
+    targets = [tmp_path / "s1.dac", tmp_path / "s2.dac"]
+    separate_program.separate_codes(separator, codec, call, targets)
+
+    heard = codec.from_codes(read_codes(call).codes[None])
+    with torch.no_grad():
+        estimates = estimate_latents(separator, codec, heard)[0]
+    for target, estimate in zip(targets, codec.decode(codec.quantize(estimates), 24000)):
+        decoded = model.decompress(target)
+        assert decoded.audio_data.shape == (1, 1, 24000)
+        assert decoded.sample_rate == 8000
+        # The official decoder sets the level.
+        theirs = decoded.audio_data[0, 0, :23900].double()
+        ours = estimate[:23900].double()
+        scale = (theirs @ ours) / (ours @ ours)
+        assert (theirs - scale * ours).norm() < 2e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("window", [5.0, 1.0], ids=["whole", "in chunks"])
+def test_masks_of_ones_give_the_quantised_latents_of_what_came_in(
+    even_dac, lfilter, tmp_path, window
+):
+    model, weights = even_dac
+    codec = wrapped(weights)
+    call = compressed(model, 3.0, window, tmp_path / "call.dac")
+    targets = [tmp_path / "s1.dac", tmp_path / "s2.dac"]
+    separate_program.separate_codes(Ones(), codec, call, targets)
+    came = read_codes(call)
+    assert came.padding == (window > 3)
+    expected = codec.to_codes(codec.from_codes(came.codes[None]))[0]
+    for target in targets:
+        answer = read_codes(target)
+        assert torch.equal(answer.codes, expected)
+        assert replace(answer, codes=None) == replace(came, codes=None)  # all else as it was
+        assert model.decompress(target).signal_length == 24000
+
+
+def test_codes_to_codes_is_rvq_before_and_after(tmp_path):
+    """The way of a call through codes is what evaluate.py scores as latents/before+after."""
+    separator, codec, _ = load_separator(ASSETS / "separator_bundled.pt", "cpu")
+    wav, _ = carlo(2.0)
+    latents = codec.encode(torch.from_numpy(wav)[None])
+    with torch.no_grad():
+        estimates = estimate_latents(separator, codec, latents, quantize_before=True)[0]
+    file = CodeFile(codec.to_codes(latents)[0], 8000, len(wav), -25.0, 100, True)
+    write_codes(file, tmp_path / "call.dac")
+    targets = [tmp_path / "s1.dac", tmp_path / "s2.dac"]
+    separate_program.separate_codes(separator, codec, tmp_path / "call.dac", targets)
+    for target, estimate in zip(targets, estimates):
+        assert torch.equal(read_codes(target).codes, codec.to_codes(estimate[None])[0])
+
+
+def test_long_codes_are_separated_in_windows_that_agree(monkeypatch):
+    """Masks that depend on one frame alone make windows and the whole the same but for rounding."""
+    separator, codec, _ = load_separator(ASSETS / "separator_bundled.pt", "cpu")
+
+    class Framewise(torch.nn.Module):
+        def forward(self, latents):
+            mask = torch.sigmoid(latents)
+            return torch.stack([mask, 1 - mask], dim=1)
+
+    torch.manual_seed(0)
+    codes = torch.randint(1024, (codec.n_codebooks, 60 * 50))
+    whole = separate_program.separate_whole_codes(Framewise(), codec, codes)
+    monkeypatch.setattr(separate_program, "WINDOW", 25)
+    parts = separate_program.separate_whole_codes(Framewise(), codec, codes)
+    assert (parts == whole).float().mean() > 0.999
+
+
+def test_the_whole_way_encode_separate_decode(tmp_path):
+    wav, rate = carlo(3.0)
+    sf.write(tmp_path / "call.wav", 0.5 * wav, rate, "FLOAT")
+    call = codes_recipe.encode(tmp_path / "call.wav", "bundled", None)
+    file = read_codes(call)
+    assert file.codec["name"] == "bundled"
+    assert file.codes.shape == (12, 150)
+    with pytest.raises(UserError, match="call.wav is there already"):
+        codes_recipe.decode(call, None)
+    (tmp_path / "call.wav").unlink()
+    decoded, _ = sf.read(codes_recipe.decode(call, None), dtype="float32")
+    # What the codec itself transmits, at the recording's level.
+    codec = Codec.load("bundled")
+    expected = codec.transmit(torch.from_numpy(0.5 * wav)[None])[0].numpy()
+    assert np.abs(decoded - expected).max() < 1e-5
+
+
+class Harm:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def damaged_files(good: bytes) -> dict[str, bytes]:
+    """Files that are no .dac, by what is wrong with them."""
+    header = good[: good.index(b"\n") + 1]
+    content = pickle.loads(good[len(header) :]).item()
+
+    def changed(**metadata) -> bytes:
+        array = np.array({**content, "metadata": {**content["metadata"], **metadata}})
+        return header + pickle.dumps(array)
+
+    return {
+        "truncated": good[: len(good) // 2],
+        "empty": b"",
+        "no codes": header + pickle.dumps(np.array({"codes": content["codes"][:, :0]})),
+        "version": changed(dac_version="2.0.0"),
+        "channels": changed(channels=2),
+        "length": changed(original_length=-5),
+        "another length": changed(original_length=10**6),
+        "runs code": header + pickle.dumps(np.array({"codes": Harm()})),
+        "text": b"RIFF, not a .dac file",
+        "header": b"\x93NUMPY\x01\x00" + struct.pack("<H", 60000) + b"x",
+    }
+
+
+def test_bad_files_of_codes_are_one_line_each_and_the_others_are_separated(
+    tmp_path, monkeypatch, capsys
+):
+    codec = Codec.load("bundled")
+    codes = codec.to_codes(codec.encode(torch.from_numpy(carlo(1.0)[0])[None]))[0]
+    about = {"name": "bundled", "fingerprint": codec.fingerprint}
+    good = CodeFile(codes, 8000, 8000, -25.0, 50, True, about)
+    write_codes(good, tmp_path / "good.dac")
+    for name, content in damaged_files((tmp_path / "good.dac").read_bytes()).items():
+        (tmp_path / f"{name}.dac").write_bytes(content)
+    write_codes(replace(good, codes=codes + 1000), tmp_path / "out of range.dac")
+    other = {"name": "lyra", "fingerprint": "0"}
+    write_codes(replace(good, codec=other), tmp_path / "another codec.dac")
+    many = codes.repeat(2, 1)
+    write_codes(replace(good, codes=many), tmp_path / "too many codebooks.dac")
+
+    out = tmp_path / "out"
+    checkpoint = str(ASSETS / "separator_bundled.pt")
+    words = ["separate.py", str(tmp_path), "--ckpt", checkpoint, "--out", str(out)]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(UserError, match="13 of 14 recording"):
+        separate_program.main()
+    assert sorted(path.name for path in out.iterdir()) == ["good_s1.dac", "good_s2.dac"]
+    said = capsys.readouterr()
+    assert "this must not run" not in said.out
+    errors = [line for line in said.err.splitlines() if "error:" in line]
+    assert len(errors) == 13
+    assert all(".dac" in line for line in errors if "codes from" not in line)
+
+
+def readme_blocks(language: str) -> list[str]:
+    readme = (HERE / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder that holds what the repository does, as links, and what is written there."""
+    for path in HERE.iterdir():
+        if path.name in ("assets", "recipes", "config") or path.suffix == ".py":
+            (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_examples_of_the_readme_run_as_written(checkout):
+    recording, encodec = readme_blocks("python")
+    exec(recording, {})
+    estimate, rate = sf.read("first.wav")
+    assert rate == 8000 and np.isfinite(estimate).all()
+    if importlib.util.find_spec("encodec") is None:
+        pytest.skip("encodec is not installed, of which the second example is")
+    names = {}
+    exec(encodec, names)
+    assert CODECS.pop("encodec_24khz") is names["load_encodec"]
+    network, _ = names["load_encodec"](pretrained=False)
+    with pytest.warns(UserWarning, match="barely resembles"):  # random weights
+        codec = Codec(network, 24000, "encodec")
+    latents = codec.encode(torch.randn(1, 24000))
+    assert codec.bitrate == 24000
+    assert torch.equal(codec.from_codes(codec.to_codes(latents)), codec.quantize(latents))
+
+
+def test_a_call_is_separated_as_codes_by_the_lines_of_the_readme(checkout):
+    (block,) = [block for block in readme_blocks("bash") if "recipes.codes" in block]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-e", "-c", block], env=environment, check=True)
+    mixture, rate = sf.read("call.flac")
+    for k in (1, 2):
+        voice, its_rate = sf.read(f"separated/call_s{k}.wav")
+        assert (len(voice), its_rate) == (len(mixture), rate)
