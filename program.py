@@ -91,6 +91,12 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         return line.split("#")[0].split()
 
+    def parse_known_args(self, *words):
+        try:
+            return super().parse_known_args(*words)
+        except UnicodeDecodeError:
+            self.error("a file of flags, given by @, is no text")
+
     def error(self, message: str):
         self.exit(2, f"error: {message} (see --help)\n")
 

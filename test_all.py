@@ -2276,6 +2276,18 @@ def test_every_config_holds_the_papers_settings(config):
     assert count_parameters(model) == published.get(config, 17_361_408)
 
 
+@pytest.mark.parametrize("config", ["wsj0_2mix", "wsj0_2mix_rvq", "wsj0_2mix_csi_sdr"])
+def test_the_papers_configs_start_on_a_codec_of_the_official_format(official, config):
+    """Three updates, but for tiny sizes and a crop."""
+    _, weights = official
+    changes = dict(**SHORT, codec=weights, loss_seconds=0.02, max_steps=3, out="run")
+    line = [f"@{HERE}/config/{config}.txt", *words(**changes)]
+    quietly(train.train, *train.read_flags(line))
+    assert len(table("run")) == 3
+    assert all(math.isfinite(loss) for loss in losses_of("run"))
+    assert saved("run", "best.pt")["quantize_before"] == (config == "wsj0_2mix_rvq")
+
+
 class Parsed(Exception):
     pass
 
