@@ -8,7 +8,8 @@ A checkpoint is a dictionary of plain tensors, numbers and strings:
     config, model       what the separator is built from, and its weights
     sample_rate         Hz, of the mixtures
     codec               name and fingerprint of the codec that it was trained on
-    quantize_before, quantize_after     whether the RVQ was before and after the separator
+    quantize_before, quantize_after     whether the RVQ was before and after the separator (for one
+                        on waveforms never, and its codec only sets the level)
     settings            those of the run, for the record and to resume it
     git                 the revision of the code
     training            only in last.pt: the optimizer and all else that resuming needs

@@ -99,7 +99,7 @@ def make_activation(name: str, channels: int) -> nn.Module:
 
 def log_power(latents: torch.Tensor) -> torch.Tensor:
     """The order of magnitude of each latent. Its floor hides what is 30 dB below a power of 1."""
-    return torch.log10(latents.square() + 1e-3) + 1
+    return torch.log10(latents.square() + 1e-3) + 1  # in speech most are around -1
 
 
 def sinusoidal_positions(length: int, dim: int, device=None) -> torch.Tensor:
@@ -178,7 +178,8 @@ class Codecformer(nn.Module):
         if self.config.features == "both":
             x = torch.cat([latents, log_power(latents)], dim=1)
         around = self.config.context // 2
-        x = F.pad(x, (around, around)).unfold(-1, latents.shape[-1], 1)  # [B, C, context, F]
+        # As many copies as the context has frames, each shifted by one: [B, C, context, F].
+        x = F.pad(x, (around, around)).unfold(-1, latents.shape[-1], 1)
         return x.flatten(1, 2).transpose(1, 2)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
@@ -233,7 +234,7 @@ def separate(
 ) -> torch.Tensor:
     """Mixtures [B, T] of any level -> waveforms of their speakers [B, S, T] at that level.
 
-    A separator on waveforms needs no codec here; where it is used behind one, see evaluate.py.
+    Of the codec, a separator on waveforms needs but the level; used behind one, see evaluate.py.
     """
     gain = codec.gain(mixture)  # [B, 1]
     if model.on_latents:

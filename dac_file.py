@@ -146,7 +146,8 @@ def chunk_stride(file: CodeFile, codec: Codec) -> int:
     """Samples at the codec's rate from one chunk of an official file to the next.
 
     The official codec codes a long recording in chunks that overlap by what its convolutions see,
-    and decodes each without padding: to just so many samples that they follow on each other.
+    and decodes each without padding: to just so many samples that they follow on each other. So
+    this is the length to which a chunk is decoded, followed through the decoder layer by layer.
     """
     length = file.chunk_length
     for layer in codec.network.decoder.modules():

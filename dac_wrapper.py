@@ -111,7 +111,10 @@ class Codec:
     # Waveforms to latents and back
 
     def encode(self, wav: torch.Tensor) -> torch.Tensor:
-        """[..., T] at `sample_rate` -> latents [..., D, F], F = ceil((T + lag) / hop); T >= 1."""
+        """[..., T] at `sample_rate` -> latents [..., D, F]; T >= 1.
+
+        F = ceil((samples + max(lag, 0)) / hop), with samples counted at the codec's rate.
+        """
         if wav.ndim < 2 or wav.shape[-1] < 1:
             raise ValueError(f"expected waveforms [batch, samples], got {list(wav.shape)}")
         flat = self._resample(wav.flatten(0, -2), self.sample_rate, self.codec_rate)
@@ -185,7 +188,10 @@ class Codec:
 
     @property
     def samples_per_frame(self) -> int:
-        """Samples of the data in a frame. Raises UserError if that is no whole number."""
+        """Samples of the data in a frame, by which waveforms are cropped along with latents.
+
+        Raises UserError if that is no whole number.
+        """
         samples = self.hop * self.sample_rate
         if samples % self.codec_rate:
             raise UserError(f"frames of {self.name} are no whole samples: leave out --loss_seconds")
@@ -292,7 +298,10 @@ class DAC(nn.Module):
 
 
 def dac_quantize(quantizer: nn.Module, latents: torch.Tensor, n_codebooks: int):
-    """DAC's RVQ: latents [B, D, F] -> the same, with DAC's own gradient, and codes [B, n, F]."""
+    """DAC's RVQ: latents [B, D, F] -> the same quantised, and codes [B, n, F].
+
+    The gradient is DAC's own, straight through each codebook but not around its projections.
+    """
     quantised, codes, *_ = quantizer(latents, n_codebooks)
     # What a receiver makes of the codes; the RVQ's own sum is rounded differently in the last bit.
     received = quantizer.from_codes(codes)[0]
@@ -320,7 +329,7 @@ def load_file(path) -> tuple[nn.Module, dict]:
     try:
         weights = content["state_dict"]
         kwargs = content["metadata"]["kwargs"]
-        if "encoder_dim" not in kwargs:
+        if "encoder_dim" not in kwargs:  # which all of DAC's have, and no SoundStream
             return restore_soundstream(content), weights
         model = import_dac().DAC(**kwargs)
         model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
@@ -394,10 +403,10 @@ def import_dac():
 
 
 def import_package(name: str):
-    """Imports a package that wants torchaudio also where that is broken.
+    """Imports a package that wants torchaudio, even where torchaudio is broken.
 
-    As PyPI's torchaudio is beside a CPU build of torch. Neither dac nor encodec needs it for the
-    model: an empty module will do.
+    PyPI's is, beside a CPU build of torch. Neither dac nor encodec needs it for the model: an empty
+    module will do.
     """
     if name in sys.modules:
         return sys.modules[name]

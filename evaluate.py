@@ -208,15 +208,17 @@ def separate_in(situation: str, model, codec: Codec, mixture, before: bool, afte
     """Mixtures [B, T] -> estimates [B, S, T] in a call that travels as latents of a codec.
 
     situation: where the separator stands.
-        clean         before the codec: it hears the mixture itself, and nothing is sent
+        clean         before the codec: it hears the mixture itself, and nothing is sent. For a
+                      separator on latents that is the same as `latents` without RVQ
         transmitted   behind it: it hears the waveform that the receiver decoded. A separator on
-                      latents encodes that again
+                      latents encodes that again; the answers of one on waveforms are sent on only
+                      where there is an RVQ after it
         latents       on the way, latents in and latents out. A separator on waveforms decodes them
                       first and encodes its estimates again
     before, after: whether latents are quantised before and after the separator.
     """
     if situation == "clean":
-        return separate(model, codec, mixture)
+        return separate(model, codec, mixture, quantize_before=False, quantize_after=False)
     if not model.on_latents:
         heard = codec.transmit(mixture, quantize=before)
         estimates = separate(model, codec, heard)
@@ -233,12 +235,13 @@ def separate_in(situation: str, model, codec: Codec, mixture, before: bool, afte
 def make_rows(models: dict, codec: Codec, item: dict, situations: bool):
     """The signals of each row for one item of a dataset: {row: [S, T]}, and the references.
 
-    models: {name: (model, RVQ before, RVQ after)}, the switches being those it was trained with.
-    With `situations` every model stands in all SITUATIONS instead.
+    models: {name: (model, RVQ before, RVQ after)}, the switches being those it was trained with,
+    which is none for a separator on waveforms. With `situations` every model stands in all
+    SITUATIONS instead.
     """
     mixture = torch.from_numpy(item["mixture"])[None].to(codec.device)  # [1, T]
     sources = torch.from_numpy(item["sources"]).to(codec.device)  # [S, T]
-    transmitted = codec.transmit(sources)
+    transmitted = codec.transmit(sources, quantize=True)
     unquantised = codec.transmit(sources, quantize=False)
     rows = {"mixture": mixture.expand_as(sources)}
     if situations:
@@ -251,7 +254,7 @@ def make_rows(models: dict, codec: Codec, item: dict, situations: bool):
                 row = f"{name}/{situation}/{'+'.join(sides) or 'none'}"
                 rows[row] = separate_in(situation, model, codec, mixture, before, after)[0]
     else:
-        for name, (model, before, after) in models.items():
+        for name, (model, before, after) in models.items():  # a single one
             rows["ceiling"] = transmitted if before or after else unquantised
             rows[name] = separate(model, codec, mixture, before, after)[0]
     references = {"clean": item["sources"], "transmitted": transmitted.cpu().numpy()}
@@ -429,7 +432,7 @@ def write_page(out: Path, dataset, scores: list[dict], table: str, title: str, f
         title=html.escape(title),
         facts=html.escape(facts),
         count=len(examples),
-        khz=f"{rate / 2000:g}",
+        top_khz=f"{rate / 2000:g}",
         table=html.escape(table),
         examples="".join(examples),
     )

@@ -96,9 +96,9 @@ def csi_sdr_loss(codec, estimates, sources, margin: int = 0) -> torch.Tensor:
 
 def embedding_loss(codec, latents, sources, margin: int = 0) -> torch.Tensor:
     """The error of the latents against those of the clean sources; nothing is decoded."""
-    targets = codec.encode(sources)[
-        ..., : latents.shape[-1]
-    ]  # a codec that is late has more frames
+    targets = codec.encode(sources)
+    # Of a crop that train.py made, a codec that is late makes more frames than the crop has.
+    targets = targets[..., : latents.shape[-1]]
     return pairwise_latent_error(without_margin(latents, margin), without_margin(targets, margin))
 
 

@@ -69,7 +69,8 @@ def run_program(main) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # An ordinary exit would wait for other processes to finish what they are at, and a sudden one
-    # leaves those that score waiting for ever. To torch the end of a data worker is an error.
+    # would leave evaluate.py's waiting for ever: they are ended first. Torch's handler would raise
+    # an error when they are data workers.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.terminate()
@@ -304,7 +305,7 @@ def download(url: str, path: Path) -> None:
             tqdm.wrapattr(file, "write", total=response.length, desc=path.name) as progress,
         ):
             shutil.copyfileobj(response, progress)
-            if response.length:
+            if response.length:  # it counts down as the response is read
                 raise UserError(f"{url} ended {response.length} bytes too early: try again")
     except (OSError, UserError) as error:  # no network; no room, or half a file
         raise UserError(f"can't fetch {url} to {path}: {error}; or put it there by hand") from None

@@ -164,8 +164,9 @@ def separate_whole_codes(model, codec, codes: torch.Tensor) -> torch.Tensor:
 def separate_chunks(model, codec, codes: torch.Tensor, length: int, stride: int) -> torch.Tensor:
     """Codes [N, F] in chunks of `length` frames, about `stride` frames apart -> [S, N, F].
 
-    Each is separated by itself. The frames of two chunks needn't lie on one grid, so that what they
-    share is compared by its magnitude to find out who is who.
+    Each is separated by itself. The frames of two chunks needn't lie on one grid, so what the two
+    share is compared by its magnitude, as energies are, to find out who is who. (Not measured with
+    DAC's own weights, which couldn't be had.)
     """
     pieces = []
     before = None

@@ -93,7 +93,9 @@ class Sepformer(nn.Module):
         batch, length = mixture.shape
         kernel = self.config.kernel
         # So many zeros at the end that every sample lies in whole frames.
-        missing = max(kernel - length, 0) + -max(length, kernel) % (kernel // 2)
+        whole = max(length, kernel)
+        whole += -whole % (kernel // 2)
+        missing = whole - length
         padded = F.pad(mixture, (0, missing))
         encoded = torch.relu(self.encoder(padded.unsqueeze(1)))  # [B, C, L]
         masked = self.predict_masks(encoded) * encoded.unsqueeze(1)  # [B, S, C, L]
@@ -107,7 +109,7 @@ class Sepformer(nn.Module):
         chunk = self.config.chunk
         half = chunk // 2
         # Half a chunk before and after, so that every frame lies in two chunks, and what is missing
-        # in the last one.
+        # in the last one: as in SpeechBrain, a whole chunk where nothing is.
         gap = chunk - (half + length) % chunk
         x = F.pad(self.bottleneck(self.norm(encoded)), (half, half + gap))
         padded_length = x.shape[-1]

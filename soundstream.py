@@ -78,7 +78,8 @@ class SoundStream(nn.Module):
     def quantize(self, latents: torch.Tensor, n_codebooks: int):
         """Latents [B, D, F] -> the same through the first n codebooks, and their codes [B, n, F].
 
-        Gradients pass straight through, as if nothing had been rounded.
+        Gradients pass straight through, as if nothing had been rounded: what is here does not
+        learn. recipes/train_rvq.py trains it by calling its parts.
         """
         points = on_frames(self.analysis, latents)  # [B, code_dim, F]
         entries, codes = self.quantizer(points, n_codebooks)
@@ -120,7 +121,8 @@ class Depthwise(Conv):
         # `dilation` samples, of which an undilated convolution combines three neighbouring ones.
         length = x.shape[-1]
         left, right = self.ends
-        rows = F.pad(x, (left, right + -length % dilation))
+        to_whole_rows = -length % dilation
+        rows = F.pad(x, (left, right + to_whole_rows))
         rows = rows.unflatten(3, (-1, dilation))[:, :, 0]  # [B, C, rows, dilation]
         combined = F.conv2d(rows, self.weight.transpose(2, 3), groups=self.groups)
         return combined.flatten(2)[:, :, None, :length]
@@ -171,6 +173,7 @@ class Encoder(nn.Module):
             layers.append(nn.LeakyReLU(SLOPE))
             layers.append(Conv(width, out, 2 * stride, stride, groups=groups, causal=causal))
         layers.append(nn.LeakyReLU(SLOPE))
+        # In as many groups as the last stage, as Lyra's.
         layers.append(Conv(widths[-1], config.latent_dim, 3, groups=groups, causal=causal))
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
