@@ -274,7 +274,7 @@ class FixedMixtures:
         for cut, signal, speed in zip(cuts, [noise, *sources], [100, *speeds]):
             wanted = math.ceil(self.length * speed / 100)
             part = resample(signal[start : start + wanted], speed, 100)[: self.length]
-            cut[: len(part)] = part
+            cut[: len(part)] = part  # near the end, a faster source ends early, in silence
         return cuts.sum(0), cuts[1:]
 
 

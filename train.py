@@ -336,7 +336,7 @@ def train(given: dict, resume: bool) -> None:
         rvq = (settings.quantize_before, settings.quantize_after)
         si_sdr_i = validate(model, codec, valid_mixtures, rvq, rank, world, told)  # dB
         if settings.schedule == "plateau" and epoch + 1 >= settings.plateau_start:
-            if done % updates == 0:
+            if done % updates == 0:  # not where --max_steps cut the epoch short
                 plateau.step(si_sdr_i)
         if rank == 0:
             rate = optimizer.param_groups[0]["lr"]
@@ -383,10 +383,12 @@ def mixture_losses(
     predict: the separator, on latents or on waveforms. crop_seconds: of the crop that the loss
     sees; 0: all.
     """
-    loss, between_latents = LOSSES[loss_name]  # makes [B, S, S], in dB
+    # Makes [B, S, S], in dB, of estimates and the clean sources. Where its targets are coded, as
+    # those of the paper's cSI-SDR are, the loss itself passes the sources through the codec.
+    loss, between_latents = LOSSES[loss_name]
     mixture = batch["mixture"].to(codec.device, non_blocking=True)  # [B, T]
     sources = batch["sources"].to(codec.device, non_blocking=True)  # [B, S, T]
-    gain = codec.gain(mixture)  # [B, 1]
+    gain = codec.gain(mixture)  # [B, 1], to the level that codecs are fed at
     mixture = mixture * gain
     sources = sources * gain.unsqueeze(1)
     if not on_latents:
@@ -394,6 +396,7 @@ def mixture_losses(
         return pit(loss(codec, estimates, sources))[0]
 
     latents = codec.encode(mixture)  # [B, D, F]
+    # [B, S, D, F], float32 again
     estimates = estimate_latents(predict, codec, latents, quantize_before, quantize_after)
     margin = 0
     if crop_seconds:
