@@ -182,7 +182,8 @@ def choose_precision(device: torch.device, asked: str) -> torch.dtype:
 def choose_threads(workers: int, processes: int = 1) -> int:
     """Sets and returns torch's threads: the cores this process may use, less those of its workers.
 
-    More threads than cores is several times slower than one. OMP_NUM_THREADS is obeyed.
+    More threads than cores is several times slower than one. OMP_NUM_THREADS is obeyed. Sums of
+    another number of threads are rounded otherwise: a run that is to repeat needs the same.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))  # what the scheduler allots, not what the machine has

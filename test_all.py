@@ -110,7 +110,10 @@ SMALL_SOUNDSTREAM = SoundStreamConfig(
 )
 WITH_CODER = replace(SMALL_SOUNDSTREAM, code_dim=4, coder_rounds=1)
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes long: SLOW=1 runs it")
-torch.set_num_threads(1)  # the models here are too small for more
+# The models here are too small for more threads, and sums of another number of threads are rounded
+# otherwise, by which a resumed run would differ in its last bits.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
