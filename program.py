@@ -69,9 +69,7 @@ def run_program(main) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # An ordinary exit would wait for other processes to finish what they are at, and a sudden one
-    # would leave evaluate.py's waiting for ever: they are ended first. Torch's handler would raise
-    # an error when they are data workers.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # would leave evaluate.py's waiting for ever: they are ended first.
     for process in multiprocessing.active_children():
         process.terminate()
     os._exit(status)

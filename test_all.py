@@ -13,7 +13,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import re
@@ -1539,15 +1538,16 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole(monke
     assert saved("run")["training"]["done"] == 2 and not list(Path("run").glob(".*"))
 
 
-def test_a_killed_data_worker_is_one_line_that_says_how_to_go_on(monkeypatch, mistake):
-    def kill_worker(k, loss):
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        return loss
-
-    change_losses(monkeypatch, kill_worker)
-    message = mistake("train", *flags(out="run", workers=1, epoch_size=80))
-    assert message.startswith("a data worker was killed") and "train.py --resume" in message
+def test_a_killed_data_worker_is_one_line_that_says_how_to_go_on():
+    process = start("train.py", *flags(out="run", workers=1, epoch_size=1200, valid_size=1))
+    wait_until(lambda: Path("run/last.pt").exists() and table("run"), process)
+    (worker,) = children_of(process)
+    os.kill(int(worker.name), signal.SIGKILL)
+    _, printed = process.communicate(timeout=60)
+    message = the_error(printed)
+    assert message.startswith("error: a data worker was killed")
+    assert message.endswith("python train.py --resume --out run")
+    assert process.returncode == 1
 
 
 def test_a_program_ends_in_one_line():

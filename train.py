@@ -231,6 +231,9 @@ def train(given: dict, resume: bool) -> None:
             worker_init_fn=leave_signals_to_parent,
         )
     )
+    # Where a data worker dies, torch would raise its error in whatever line is running. So it is
+    # found where the next batch is taken.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     began = time.monotonic()
     first = done
     stuck = 0  # updates in a row that moved nothing
