@@ -2415,8 +2415,9 @@ def test_what_claims_runs_are_flags_that_train_takes():
 
 @slow
 def test_claims_are_trained_scored_and_tabled_and_not_made_twice(monkeypatch, call, scored_here):
-    """The real recipe with runs of few updates, its programs called in this process."""
+    """The real recipe with runs of few updates, its programs called in threads of this process."""
     claims = import_module("recipes.claims")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # for main threads only
     calls = []
 
     def call_here(*line, log):
