@@ -292,7 +292,7 @@ def train(given: dict, resume: bool) -> None:
                 # Gradients are averaged over the processes in the last backward pass alone. (One
                 # process has no DDP, and doesn't look at this.)
                 ddp.require_backward_grad_sync = micro == settings.accumulate - 1
-                batch = next(loader)
+                batch = next_batch(loader, out)
                 report_broken(batch["broken"], told)
                 loss = mixture_losses(
                     predict,
@@ -500,6 +500,18 @@ class Batches:
                 yield [(epoch, int(index)) for index in batch]
 
 
+def next_batch(loader, out: Path) -> dict:
+    """Raises UserError where a data worker was killed: torch then fails in one of these ways."""
+    try:
+        return next(loader)
+    except (RuntimeError, OSError, EOFError) as error:
+        message = str(error)
+        if "Caught" in message or (isinstance(error, RuntimeError) and "worker" not in message):
+            raise  # what a worker itself raised, or something else
+        advice = f"go on with: python train.py --resume --out {out}"
+        raise UserError(f"a data worker was killed, perhaps for want of memory; {advice}") from None
+
+
 def join_processes() -> tuple[int, int, torch.device]:
     """This process's number, how many there are, and its device. torchrun sets what it reads."""
     rank = int(os.environ.get("RANK", 0))
@@ -681,10 +693,6 @@ def main() -> None:
         train(given, resume)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; {go_on}") from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"a data worker was killed, perhaps for want of memory; {go_on}") from None
 
 
 if __name__ == "__main__":
