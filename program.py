@@ -219,8 +219,11 @@ def provenance(*program: str) -> dict[str, str]:
     """Command, machine and git revision of results. program: the words after `python`."""
     cores = len(os.sched_getaffinity(0))
     device = choose_device().type
+    words = [portable(word) for word in sys.argv[1:]]
+    # Of what lies elsewhere on the machine, the name alone.
+    words = [Path(word).name if Path(word).is_absolute() else word for word in words]
     return {
-        "command": shlex.join(["python", *program, *map(portable, sys.argv[1:])]),
+        "command": shlex.join(["python", *program, *words]),
         "machine": f"{platform.machine()}, {cores} cores, {device}, torch {torch.__version__}",
         "git": git_revision(),
     }
