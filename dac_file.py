@@ -70,23 +70,23 @@ def read_codes(path) -> CodeFile:
             np.lib.format.read_array_header_1_0(file)
             content = NumpyUnpickler(file).load().item()
         codes = content["codes"]
-        metadata = dict(content["metadata"])
-        if metadata.pop("dac_version") != VERSION:
+        metadata = content["metadata"]
+        if metadata["dac_version"] != VERSION:
             raise ValueError(f"only files of version {VERSION} are read")
         if codes.ndim != 3 or codes.dtype.kind not in "ui" or not codes.size:
             raise ValueError("it holds no codes")
-        if int(metadata.pop("channels")) != 1 or codes.shape[0] != 1:
+        if int(metadata["channels"]) != 1 or codes.shape[0] != 1:
             raise ValueError("it has several channels: mix them down before encoding")
-        codec = metadata.pop("codec", {})
+        codec = metadata.get("codec", {})
         if codec:
             codec = {"name": str(codec["name"]), "fingerprint": str(codec["fingerprint"])}
         found = CodeFile(
             codes=torch.from_numpy(codes[0].astype(np.int64)),
-            sample_rate=int(metadata.pop("sample_rate")),
-            original_length=int(metadata.pop("original_length")),
-            input_db=float(np.asarray(metadata.pop("input_db")).reshape(())),
-            chunk_length=int(metadata.pop("chunk_length")),
-            padding=bool(metadata.pop("padding")),
+            sample_rate=int(metadata["sample_rate"]),
+            original_length=int(metadata["original_length"]),
+            input_db=float(np.asarray(metadata["input_db"]).reshape(())),
+            chunk_length=int(metadata["chunk_length"]),
+            padding=bool(metadata["padding"]),
             codec=codec,
         )
         if min(found.sample_rate, found.original_length, found.chunk_length) < 1:

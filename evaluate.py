@@ -334,15 +334,22 @@ def summarise(scores: list[dict], columns: list[Column]) -> dict[str, dict]:
         lag = float(np.median(known)) if known else None
         summary[row] = {"title": TITLES.get(row, row), "lag": {"median_samples": lag}}
         for column in columns:
-            means = np.array([np.mean(scored["rows"][row][column.name]) for scored in scores])
-            known = means[np.isfinite(means)]
-            n = len(known)
-            summary[row][column.name] = {
-                "mean": float(known.mean()) if n else None,
-                "ci95": float(1.96 * known.std(ddof=1) / n**0.5) if n > 1 else None,
-                "left_out": len(means) - n,
-            }
+            means = [np.mean(scored["rows"][row][column.name]) for scored in scores]
+            summary[row][column.name] = mean_and_interval(means)
     return summary
+
+
+def mean_and_interval(values: list[float]) -> dict[str, float | int | None]:
+    """The mean of the values that could be had, half the width of its 95 % interval, and how many
+    couldn't.
+    """
+    known = np.array(values)[np.isfinite(values)]
+    n = len(known)
+    return {
+        "mean": float(known.mean()) if n else None,
+        "ci95": float(1.96 * known.std(ddof=1) / n**0.5) if n > 1 else None,
+        "left_out": len(values) - n,
+    }
 
 
 def format_table(summary: dict[str, dict], columns: list[Column]) -> str:

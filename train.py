@@ -143,8 +143,7 @@ def train(given: dict, resume: bool) -> None:
     checkpoint = load_last(out) if resume else None
     if resume:
         given = resumed(checkpoint["settings"], given)
-    settings = Settings(**{k: v for k, v in given.items() if k in Settings.__dataclass_fields__})
-    sizes = {k: v for k, v in given.items() if k not in Settings.__dataclass_fields__}
+    settings, sizes = split_settings(given)
 
     rank, world, device = join_processes()
     n_threads = choose_threads(settings.workers, world)
@@ -646,6 +645,13 @@ def read_flags(words: list[str]) -> tuple[dict, bool]:
     if "snr" in given and len(given["snr"]) != 2:
         parser.error("--snr takes two numbers, low and high")
     return {**sizes, **given}, resume
+
+
+def split_settings(given: dict) -> tuple[Settings, dict]:
+    """The settings of a run among what was given, and what is left: the sizes of its separator."""
+    known = Settings.__dataclass_fields__
+    settings = Settings(**{name: value for name, value in given.items() if name in known})
+    return settings, {name: value for name, value in given.items() if name not in known}
 
 
 def load_last(out: Path) -> dict:

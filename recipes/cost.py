@@ -38,7 +38,7 @@ from data import Replaced, open_mixtures
 from program import HERE, Parser, choose_device, locate, provenance, run_program, whole_file
 from sepformer import Sepformer
 from soundstream import SoundStream
-from train import Settings, mixture_losses, read_flags
+from train import Settings, mixture_losses, read_flags, split_settings
 
 RATE = 8000  # Hz
 REPEATS = {1: 5, 4: 5, 8: 3, 60: 1}  # seconds of audio: how often it is timed
@@ -262,9 +262,7 @@ def inference(codecformers: dict, sepformer, seconds: int, device) -> dict[str, 
 def read_settings(flags: list[str]) -> tuple[Settings, dict]:
     """The settings and sizes of the separator that flags of train.py stand for."""
     given, _ = read_flags(flags)
-    known = Settings.__dataclass_fields__
-    settings = Settings(**{name: value for name, value in given.items() if name in known})
-    return settings, {name: value for name, value in given.items() if name not in known}
+    return split_settings(given)
 
 
 def build(flags: list[str], device) -> tuple[nn.Module, Codec, Settings]:
