@@ -100,9 +100,8 @@ class SpeakerMixtures:
         if n_speakers > len(self.names):
             raise DataError(f"{root} holds {len(self.names)} speakers, --n_speakers {n_speakers}")
         n_files = sum(len(files) for files in self.speakers.values())
-        self.found = (
-            f"{root}: {len(self.names)} speakers, {n_files} files"  # said when it is opened
-        )
+        # Said when it is opened.
+        self.found = f"{root}: {len(self.names)} speakers, {n_files} files"
 
     @staticmethod
     def fits(root) -> bool:

@@ -86,9 +86,8 @@ def score_stoi(estimate: np.ndarray, reference: np.ndarray, rate: int) -> float:
     from pystoi import stoi
 
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "error", "Not enough STFT frames"
-        )  # it returns a number all the same
+        # With this warning it returns a number all the same.
+        warnings.filterwarnings("error", "Not enough STFT frames")
         try:
             return float(stoi(reference, estimate, rate))
         except RuntimeWarning:
@@ -124,20 +123,18 @@ class Column:
         return 2 if self.metric in ("pesq", "stoi") else 1
 
 
-COLUMNS = [
-    Column("si_sdr", "SI-SDR", "si_sdr"),
-    Column("si_sdr_i", "SI-SDRi", "si_sdr", gain=True),
-    Column("csi_sdr_i", "cSI-SDRi", "si_sdr", "transmitted", gain=True),
-    Column("sdr_i", "SDRi", "sdr", gain=True),
-    Column("pesq", "PESQ", "pesq"),
-    Column("stoi", "STOI", "stoi"),
-]
+SI_SDR_I = Column("si_sdr_i", "SI-SDRi", "si_sdr", gain=True)
+CSI_SDR_I = Column("csi_sdr_i", "cSI-SDRi", "si_sdr", "transmitted", gain=True)
+SDR_I = Column("sdr_i", "SDRi", "sdr", gain=True)
+PESQ = Column("pesq", "PESQ", "pesq")
+STOI = Column("stoi", "STOI", "stoi")
+COLUMNS = [Column("si_sdr", "SI-SDR", "si_sdr"), SI_SDR_I, CSI_SDR_I, SDR_I, PESQ, STOI]
 SITUATION_COLUMNS = [
-    Column("si_sdr_i", "SI-SDRi", "si_sdr", gain=True),
-    Column("sdr_i", "SDRi", "sdr", gain=True),
-    Column("pesq", "PESQ", "pesq"),
-    Column("stoi", "STOI", "stoi"),
-    Column("csi_sdr_i", "cSI-SDRi", "si_sdr", "transmitted", gain=True),
+    SI_SDR_I,
+    SDR_I,
+    PESQ,
+    STOI,
+    CSI_SDR_I,
     Column("csdr_i", "cSDRi", "sdr", "transmitted", gain=True),
     Column("cpesq", "cPESQ", "pesq", "transmitted"),
     Column("cstoi", "cSTOI", "stoi", "transmitted"),

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from dac_wrapper import CODECS, Codec
 from data import FixedMixtures, Recordings, list_speakers, read_audio, resample
-from evaluate import score
+from evaluate import mean_and_interval, score
 from program import (
     Parser,
     UserError,
@@ -120,16 +120,6 @@ def run_tool(command: list[str]) -> None:
         raise UserError(f"{command[0]} failed: {done.stderr.strip()}")
 
 
-def summarise(values: list[float]) -> dict[str, float | None]:
-    """The mean and half the width of its 95 % interval, over the scores that could be had."""
-    known = np.array(values)[np.isfinite(values)]
-    n = len(known)
-    return {
-        "mean": float(known.mean()) if n else None,
-        "ci95": float(1.96 * known.std(ddof=1) / n**0.5) if n > 1 else None,
-    }
-
-
 def format_table(rows: dict[str, dict]) -> str:
     lines = [
         "codec, kbit/s".ljust(36) + "".join(t.rjust(14) for t in ("SI-SDR dB", "PESQ", "STOI"))
@@ -164,7 +154,7 @@ def main() -> None:
             for metric in METRICS:
                 scores[row][metric].append(score(metric, decoded, reference, RATE))
     rows = {
-        row: {metric: summarise(values) for metric, values in columns.items()}
+        row: {metric: mean_and_interval(values) for metric, values in columns.items()}
         for row, columns in scores.items()
     }
     print(format_table(rows))

@@ -115,9 +115,7 @@ def train(
     device = choose_device()
     voices = SpeakerMixtures(data, RATE, seconds=SECONDS, size=10**9, seed=seed, speeds=SPEEDS)
     examples = Examples(voices, batch_size, mixtures)
-    utterances = []  # [T] each, for validation
-    for wav, _ in itertools.islice(read_signals(valid), 10):
-        utterances.append(torch.from_numpy(wav[: 4 * RATE]))
+    utterances = read_utterances(valid)
     torch.manual_seed(seed)
     network = start_transparent(SoundStream(SHAPE)).to(device)
     weights = [*network.encoder.parameters(), *network.decoder.parameters()]
@@ -192,6 +190,12 @@ def train(
         seen += 1
         for name, values in zip(totals, (mel, sdr, distance)):
             totals[name] += values.detach().mean()
+
+
+def read_utterances(valid) -> list[torch.Tensor]:
+    """Ten utterances [T] of at most 4 s, for validation."""
+    signals = itertools.islice(read_signals(valid), 10)
+    return [torch.from_numpy(wav[: 4 * RATE]) for wav, _ in signals]
 
 
 def learning_rate(peak: float, step: int, over: float) -> float:

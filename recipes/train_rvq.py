@@ -20,7 +20,6 @@ SoundStream's (Zeghidour et al., 2021, https://arxiv.org/abs/2107.03312); quanti
 DAC (Kumar et al., 2023, https://arxiv.org/abs/2306.06546).
 """
 
-import itertools
 import math
 import time
 from pathlib import Path
@@ -33,7 +32,6 @@ from dac_wrapper import load_file
 from data import SpeakerMixtures
 from losses import si_sdr
 from program import Parser, UserError, choose_device, number, run_program, whole, writing
-from recipes.codec_scores import read_signals
 from recipes.train_codec import (
     CLIP,
     N_REFERENCE,
@@ -43,6 +41,7 @@ from recipes.train_codec import (
     Examples,
     LogMel,
     learning_rate,
+    read_utterances,
     report,
     validate,
 )
@@ -67,9 +66,7 @@ def train(
     device = choose_device()
     voices = SpeakerMixtures(data, RATE, seconds=SECONDS, size=10**9, seed=seed, speeds=SPEEDS)
     examples = Examples(voices, BATCH_SIZE, MIXTURES)
-    utterances = []  # [T] each, for validation
-    for wav, _ in itertools.islice(read_signals(valid), 10):
-        utterances.append(torch.from_numpy(wav[: 4 * RATE]))
+    utterances = read_utterances(valid)
     network, _ = load_file(latents)
     if not isinstance(network, SoundStream) or network.config.code_dim is None:
         raise UserError(f"{latents} was not written by recipes.train_codec: give its latents.pth")
