@@ -132,24 +132,29 @@ def speech():
     return torch.from_numpy(np.stack(voices))
 
 
-@pytest.fixture(scope="session")
-def official(tmp_path_factory):
-    """A DAC of random weights and the 16 kHz model's strides, but few channels, and its file."""
+def save_random_dac(folder, rates: list[int]):
+    """A DAC of random weights and few channels with the encoder's `rates`, and its file."""
     torch.manual_seed(1)
     model = import_dac().DAC(
         encoder_dim=4,
-        encoder_rates=[2, 4, 5, 8],
+        encoder_rates=rates,
         latent_dim=24,
         decoder_dim=32,
-        decoder_rates=[8, 5, 4, 2],
+        decoder_rates=rates[::-1],
         n_codebooks=3,
         codebook_size=32,
         codebook_dim=4,
         sample_rate=16000,
     )
-    path = tmp_path_factory.mktemp("official") / "weights.pth"
+    path = folder / "weights.pth"
     model.save(str(path), package=False)
     return model.eval(), path
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory):
+    """A small DAC with the strides of the 16 kHz model."""
+    return save_random_dac(tmp_path_factory.mktemp("official"), [2, 4, 5, 8])
 
 
 @pytest.fixture
@@ -2521,26 +2526,8 @@ def test_codebooks_fitted_to_speech_transmit_it(codec, monkeypatch, call):
 
 @pytest.fixture(scope="module")
 def even_dac(tmp_path_factory):
-    """A DAC of random weights, in the official package and in a file of the official format.
-
-    Of even strides: the official decoder fails on whole files of odd ones, some samples short.
-    """
-    dac = import_dac()
-    torch.manual_seed(0)
-    model = dac.DAC(
-        encoder_dim=8,
-        encoder_rates=[2, 4, 4, 10],
-        latent_dim=32,
-        decoder_dim=32,
-        decoder_rates=[10, 4, 4, 2],
-        n_codebooks=4,
-        codebook_size=64,
-        codebook_dim=4,
-        sample_rate=16000,
-    )
-    path = tmp_path_factory.mktemp("even") / "weights.pth"
-    model.save(str(path), package=False)
-    return model.eval(), path
+    """One of even strides: the official decoder fails on whole files of odd ones."""
+    return save_random_dac(tmp_path_factory.mktemp("even"), [2, 4, 4, 10])
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ Each output lies beside its input, and nothing that is there is written over. Fo
 """
 
 import math
+from functools import cache
 from pathlib import Path
 
 import soundfile as sf
@@ -20,6 +21,12 @@ from data import read_audio
 from program import Parser, UserError, choose_device, choose_threads, run_program, whole, whole_file
 
 LEVEL_DB = 20 * math.log10(LEVEL)
+
+
+@cache
+def load_codec(name: str, sample_rate: int) -> Codec:
+    """Once for all files of a rate: the lag is measured as a codec is loaded."""
+    return Codec.load(name, sample_rate, choose_device())
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -35,9 +42,8 @@ def encode(path: Path, name: str, n_codebooks: int | None) -> Path:
     """Writes the codes of a recording. Raises UserError if it can't be read."""
     target = beside(path, ".dac")
     audio, rate = read_audio(path)
-    codec = Codec.load(name, rate, choose_device())
-    if n_codebooks is not None:
-        codec.use_codebooks(n_codebooks)
+    codec = load_codec(name, rate)
+    codec.use_codebooks(codec.network.n_codebooks if n_codebooks is None else n_codebooks)
     wav = torch.from_numpy(audio)[None].to(codec.device)  # [1, T]
     gain = codec.gain(wav)
     codes = codec.to_codes(codec.encode(wav * gain))[0]  # [N, F]
@@ -63,7 +69,7 @@ def decode(path: Path, name: str | None) -> Path:
     file = read_codes(path)
     if not file.codec:
         raise UserError(f"{path} is an official file: decode it by python -m dac decode")
-    codec = Codec.load(name or file.codec["name"], file.sample_rate, choose_device())
+    codec = load_codec(name or file.codec["name"], file.sample_rate)
     check_codes(file, path, codec)
     latents = codec.from_codes(file.codes[None].to(codec.device))  # [1, D, F]
     wav = codec.decode(latents, file.original_length)[0]  # [T]
