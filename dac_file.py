@@ -91,6 +91,8 @@ def read_codes(path) -> CodeFile:
         )
         if min(found.sample_rate, found.original_length, found.chunk_length) < 1:
             raise ValueError("its length or its rate is not positive")
+        if not abs(found.input_db) < 200:
+            raise ValueError(f"its level is {found.input_db} dB")
         return found
     except FileNotFoundError:
         raise UserError(f"no file {path}: check the path") from None
@@ -124,7 +126,12 @@ def check_codes(file: CodeFile, path, codec: Codec) -> None:
     """
     if file.codec and file.codec["fingerprint"] != codec.fingerprint:
         theirs = file.codec["name"]
-        raise UserError(f"{path} holds codes of {theirs}, the separator works on {codec.name}'s")
+        raise UserError(f"{path} holds codes of {theirs}, not of this {codec.name}: give theirs")
+    largest = int(file.codes.max())
+    if largest >= codec.network.codebook_size:
+        raise UserError(
+            f"{path} holds a code {largest}, too large for {codec.name}: give its codec"
+        )
     n_codebooks, n_frames = file.codes.shape
     if n_codebooks > codec.network.n_codebooks:
         have = f"{codec.name} has {codec.network.n_codebooks}"

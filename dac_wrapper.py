@@ -324,7 +324,7 @@ def load_file(path) -> tuple[nn.Module, dict]:
     """
     if not Path(path).exists():
         names = ", ".join(CODECS)
-        raise UserError(f"no codec {path}: use {names} or the path of a weights file")
+        raise UserError(f"no codec {path}: give --codec one of {names}, or a weights file")
     content = load_tensors(path)
     try:
         weights = content["state_dict"]

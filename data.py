@@ -19,6 +19,7 @@ speeds are 95, 100 and 105 percent. A dataset of your own is a class and a line 
 """
 
 import math
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -29,7 +30,7 @@ import soundfile as sf
 from scipy.signal import firwin, resample_poly
 from tqdm import tqdm
 
-from program import UserError
+from program import UserError, first_line
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus"}
 MIX_FOLDERS = ("mix", "mix_clean", "mix_both")
@@ -77,8 +78,7 @@ class SpeakerMixtures:
             raise DataError(f"{root} is a folder of speakers: --mix_folder doesn't apply to it")
         if not 2 <= n_speakers <= 5:
             raise DataError(f"mixtures are of 2 to 5 speakers, not {n_speakers}")
-        if not all(25 <= speed <= 400 for speed in speeds):
-            raise DataError(f"speeds are percentages from 25 to 400, not {list(speeds)}")
+        check_speeds(speeds)
         if snr is not None and noise is None:
             raise DataError("--snr needs --noise, a folder of recordings")
         low, high = WHAM_SNR if snr is None else snr
@@ -202,6 +202,7 @@ class FixedMixtures:
     ):
         if noise is not None or snr is not None:
             raise DataError(f"{root} is a fixed set: --noise and --snr don't apply to it")
+        check_speeds(speeds)
         root = Path(root)
         mix_folder = mix_folder or find_mix_folder(root)
         if mix_folder is None or not (root / mix_folder).is_dir():
@@ -215,6 +216,9 @@ class FixedMixtures:
         self.n_speakers = len(source_folders)
         if self.n_speakers != n_speakers:
             raise DataError(f"{root} has {self.n_speakers} speakers a mixture, not {n_speakers}")
+        names = [folder.name for folder in source_folders]
+        if names[-1] != f"s{n_speakers}":
+            raise DataError(f"{root} has {', '.join(names)}: number its folders of sources from s1")
         self.recordings = Recordings()
         files = [path for path in list_audio(self.folders[0]) if path.parent == self.folders[0]]
         self.files = self.recordings.add(files, self.folders[0], tolerated=0.0)
@@ -223,8 +227,17 @@ class FixedMixtures:
             if missing:
                 path = folder / min(missing)
                 raise DataError(f"{path} is missing, which {self.folders[0]} needs as a reference")
+        stems = set()
         for path in self.files:
-            self._check_rate(path, self.recordings.headers[path][1])
+            frames, rate = self.recordings.headers[path]
+            self._check_rate(path, rate)
+            if frames < 0.1 * rate:
+                raise DataError(
+                    f"{path} lasts {frames / rate:.3f} s: give mixtures of 0.1 s or more"
+                )
+            if path.stem in stems:
+                raise DataError(f"{self.folders[0]} has two mixtures {path.stem}: rename one")
+            stems.add(path.stem)
         self.found = f"{self.folders[0]}: {len(self.files)} mixtures of {n_speakers} speakers"
         if seconds is None and size is not None and size < len(self.files):
             chosen = np.linspace(0, len(self.files) - 1, size).round().astype(int)
@@ -301,6 +314,11 @@ def open_mixtures(root, sample_rate: int, n_speakers: int = 2, **settings):
     raise DataError(f"{root} is none of: {', '.join(DATASETS)}")
 
 
+def check_speeds(speeds) -> None:
+    if not speeds or not all(25 <= speed <= 400 for speed in speeds):
+        raise DataError(f"speeds are percentages from 25 to 400, not {list(speeds)}")
+
+
 def epoch_and_index(key) -> tuple[int, int]:
     """An item's key is its index, or (epoch, index); the index alone is of epoch 0."""
     return key if isinstance(key, tuple) else (0, key)
@@ -337,7 +355,9 @@ class Replaced:
 
 
 def list_audio(folder) -> list[Path]:
-    """The recordings below a folder, hidden ones passed over."""
+    """The recordings below a folder, hidden ones passed over. Raises DataError if it is none."""
+    if not Path(folder).is_dir():
+        raise DataError(f"no folder {folder}: check the path")
     found = []
     for path in sorted(Path(folder).rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -420,8 +440,8 @@ def read_header(path) -> tuple[int, int] | str:
     """(samples, sample rate) of a recording, or why it can't be read."""
     try:
         info = sf.info(path)
-    except (OSError, RuntimeError) as error:
-        return str(error).splitlines()[0]
+    except (OSError, RuntimeError, UnicodeError) as error:  # the last of its name
+        return first_line(error)
     return (info.frames, info.samplerate) if info.frames else "no samples"
 
 
@@ -437,8 +457,8 @@ def read_audio(path, start: int = 0, frames: int = -1) -> tuple[np.ndarray, int]
             if start:
                 file.seek(start)  # not for 0, since GSM files can't seek at all
             audio = file.read(expected, dtype="float32", always_2d=True)  # [T, channels]
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if Path(path).exists() else "no such file"
+    except (OSError, RuntimeError, UnicodeError) as error:  # the last of its name
+        reason = first_line(error) if os.path.exists(path) else "no such file"
         raise DataError(f"can't read {path} as audio ({reason}): check or remove it") from None
     if len(audio) == 0 or len(audio) < expected:
         raise DataError(f"{path} is empty or truncated: replace or remove it")

@@ -51,11 +51,11 @@ from program import (
     choose_device,
     choose_threads,
     locate,
+    new_folder,
     portable,
     provenance,
     run_program,
     whole,
-    writing,
 )
 
 # Scores -------------------------------------------------------------------------------------------
@@ -238,7 +238,8 @@ def make_rows(models: dict, codec: Codec, item: dict, situations: bool):
     """
     mixture = torch.from_numpy(item["mixture"])[None].to(codec.device)  # [1, T]
     sources = torch.from_numpy(item["sources"]).to(codec.device)  # [S, T]
-    transmitted = codec.transmit(sources, quantize=True)
+    audible = sources.std(-1, keepdim=True) > 1e-6  # [S, 1]; a codec makes noise of silence
+    transmitted = codec.transmit(sources, quantize=True) * audible
     unquantised = codec.transmit(sources, quantize=False)
     rows = {"mixture": mixture.expand_as(sources)}
     if situations:
@@ -272,7 +273,7 @@ def score_dataset(dataset, models: dict, codec: Codec, situations: bool, out: Pa
     pool = ProcessPoolExecutor(n_processes, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     scores = []
     bar = tqdm(total=len(dataset), desc="scoring", unit="mixture")
-    with writing(out), open(out / "scores.jsonl", "w") as file:
+    with open(out / "scores.jsonl", "w") as file:
         for start in range(0, len(dataset), 4 * n_processes):  # so that memory holds what waits
             tasks = []
             for index in range(start, min(start + 4 * n_processes, len(dataset))):
@@ -415,7 +416,7 @@ def figure(name: str, audio: np.ndarray, rate: int) -> str:
     )
 
 
-def write_page(out: Path, dataset, scores: list[dict], table: str, title: str, facts: str) -> Path:
+def write_page(out: Path, dataset, scores: list[dict], table: str, title: str, facts: str) -> None:
     """Writes `out`/index.html: some mixtures, their sources, and the estimates in `out`/audio."""
     rate = dataset.sample_rate
     examples = []
@@ -440,8 +441,7 @@ def write_page(out: Path, dataset, scores: list[dict], table: str, title: str, f
         table=html.escape(table),
         examples="".join(examples),
     )
-    (out / "index.html").write_text(page, encoding="utf-8")
-    return out / "index.html"
+    (out / "index.html").write_text(page, encoding="utf-8", errors="replace")
 
 
 # The program --------------------------------------------------------------------------------------
@@ -474,17 +474,13 @@ def load_codec(checkpoints: dict[str, dict], models: dict, name: str | None, dev
     return codec
 
 
-def make_out(asked: str | None, label: str) -> Path:
-    """The folder of the results, new or empty. Raises UserError if it holds files."""
-    out = Path(asked or f"results/{label}")
+def default_out(label: str) -> Path:
+    """A folder below results/ that isn't there yet."""
+    out = Path(f"results/{label}")
     number = 2
-    while asked is None and out.exists():
+    while out.exists():
         out = Path(f"results/{label}_{number}")
         number += 1
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds other files: choose another --out")
-    with writing(out):
-        (out / "audio").mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -506,41 +502,46 @@ def evaluate(args) -> None:
     )
     columns = SITUATION_COLUMNS if args.situations else COLUMNS
     label = "_".join([*models, codec.name.replace("/", "-"), Path(args.data).resolve().name])
-    out = make_out(args.out, label)
-
-    scores = score_dataset(dataset, models, codec, args.situations, out)
-    summary = summarise(scores, columns)
-    facts = ("separator", "config", "codec", "quantize_before", "quantize_after", "git", "settings")
-    results = {
-        "rows": summary,
-        "n_mixtures": len(scores),
-        "n_speakers": n_speakers,
-        "checkpoints": {
-            portable(path): {fact: checkpoint[fact] for fact in facts}
-            for path, checkpoint in checkpoints.items()
-        },
-        "codec": {
-            "name": codec.name,
-            "fingerprint": codec.fingerprint,
-            "sample_rate": codec.sample_rate,
-            "codec_rate": codec.codec_rate,
-            "frame_rate": codec.frame_rate,
-            "bitrate": codec.bitrate,
-            "lag": codec.lag,
-        },
-        "data": portable(args.data),
-        "situations": args.situations,
-        **provenance("evaluate.py"),
-    }
-    with writing(out):
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    table = format_table(summary, columns)
-    paths = ", ".join(portable(path) for path in args.ckpt)
-    facts = (
-        f"{len(scores)} mixtures of {n_speakers} speakers from {portable(args.data)}; {paths}; "
-        f"codec {codec.name}, {codec.bitrate / 1000:g} kbit/s where it is quantised, its lag of "
-        f"{codec.lag} samples removed"
-    )
+    out = Path(args.out) if args.out else default_out(label)
+    with new_folder(out) as folder:
+        (folder / "audio").mkdir()
+        scores = score_dataset(dataset, models, codec, args.situations, folder)
+        summary = summarise(scores, columns)
+        kept = (
+            "separator", "config", "codec", "quantize_before", "quantize_after", "git", "settings",
+        )  # fmt: skip
+        results = {
+            "rows": summary,
+            "n_mixtures": len(scores),
+            "n_speakers": n_speakers,
+            "checkpoints": {
+                portable(path): {key: checkpoint[key] for key in kept}
+                for path, checkpoint in checkpoints.items()
+            },
+            "codec": {
+                "name": codec.name,
+                "fingerprint": codec.fingerprint,
+                "sample_rate": codec.sample_rate,
+                "codec_rate": codec.codec_rate,
+                "frame_rate": codec.frame_rate,
+                "bitrate": codec.bitrate,
+                "lag": codec.lag,
+            },
+            "data": portable(args.data),
+            "situations": args.situations,
+            **provenance("evaluate.py"),
+        }
+        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        table = format_table(summary, columns)
+        paths = ", ".join(portable(path) for path in args.ckpt)
+        facts = (
+            f"{len(scores)} mixtures of {n_speakers} speakers from {portable(args.data)}; {paths}; "
+            f"codec {codec.name}, {codec.bitrate / 1000:g} kbit/s where it is quantised, its lag "
+            f"of {codec.lag} samples removed"
+        )
+        if not args.situations:
+            title = f"{list(summary.values())[-1]['title']} on {Path(args.data).resolve().name}"
+            write_page(folder, dataset, scores, table, title, facts)
     print(f"\n{facts}\n\n{table}\n")
     if args.situations:
         print(
@@ -549,10 +550,7 @@ def evaluate(args) -> None:
         print("its latents, to answer in latents) / where the RVQ is. Gains are over the clean")
         print("mixture; c: against the transmitted source.")
     else:
-        title = f"{list(summary.values())[-1]['title']} on {Path(args.data).resolve().name}"
-        with writing(out):
-            page = write_page(out, dataset, scores, table, title, facts)
-        print(f"listen: {page.resolve().as_uri()}")
+        print(f"listen: {(out / 'index.html').resolve().as_uri()}")
     print(f"results: {out / 'results.json'}")
 
 

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import textwrap
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import field, fields
 from functools import cache
 from pathlib import Path
@@ -50,11 +50,16 @@ def first_line(error: BaseException) -> str:
 def run_program(main) -> None:
     """Calls a program's `main`. A UserError ends it in one line and status 1, Ctrl-C in status 130.
 
-    SIGTERM is taken as Ctrl-C, so that files which are being written are cleared away.
+    SIGTERM and the end of a terminal are taken as Ctrl-C, so that files which are being written are
+    cleared away.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # by nohup it is ignored
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of a file's name
     try:
         main()
+        sys.stdout.flush()
         return
     except UserError as error:
         status = 1
@@ -65,8 +70,20 @@ def run_program(main) -> None:
     except KeyboardInterrupt as interrupt:
         status = 130
         message = str(interrupt) or "stopped; what was finished is kept"
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # What was printed can't be written: to a full disk, or to `| head`.
+        status = 1
+        message = f"can't go on printing ({first_line(error)}): what was finished is kept"
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        status = 1
+        message = f"out of memory ({first_line(error)}): ask for less at a time"
     tqdm.write(f"error: {message}", file=sys.stderr)
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     sys.stderr.flush()
     # An ordinary exit would wait for other processes to finish what they are at, and a sudden one
     # would leave evaluate.py's waiting for ever: they are ended first.
@@ -81,20 +98,21 @@ def run_program(main) -> None:
 class Parser(argparse.ArgumentParser):
     """Answers a mistake with one line, not with all flags, and takes no flag for another.
 
-    @FILE on the command line stands for the flags in that file: words, with comments after #.
+    @FILE on the command line stands for the flags in that file: words as in a shell, with comments
+    after #.
     """
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, fromfile_prefix_chars="@", **settings)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return line.split("#")[0].split()
+        return shlex.split(line, comments=True)
 
     def parse_known_args(self, *words):
         try:
             return super().parse_known_args(*words)
-        except UnicodeDecodeError:
-            self.error("a file of flags, given by @, is no text")
+        except (ValueError, RecursionError) as error:
+            self.error(f"a file of flags, given by @, can't be read ({first_line(error)})")
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (see --help)\n")
@@ -292,9 +310,9 @@ def load_tensors(path, device="cpu") -> dict:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no file {path}: check the path") from None
-    except Exception as error:  # torch.load raises half a dozen types on what is no file of tensors
-        reason = f"is damaged or holds no weights ({first_line(error)})"
-        raise UserError(f"{path} {reason}: fetch or make it anew") from None
+    except Exception:  # torch.load raises half a dozen types on what is no file of tensors
+        what = "is damaged, or holds other things than weights"
+        raise UserError(f"{path} {what}: fetch or make it anew") from None
 
 
 def download(url: str, path: Path) -> None:

@@ -17,6 +17,7 @@ What is unusual:
 What the model can't know: that only one speaker is there. It splits him in two.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,6 @@ from program import (
     UserError,
     choose_device,
     choose_threads,
-    first_line,
     locate,
     portable,
     run_program,
@@ -81,6 +81,8 @@ def separate_file(model, codec, path: Path, targets: list[Path], rvq=(False, Fal
             raise DataError(f"{path} is at {rate} Hz, it must lie in 1000 to 192000: resample it")
         if length > 2**36:  # more than FLAC can state: libsndfile's word for an unknown length
             raise DataError(f"{path} doesn't say how long it is: convert it to WAV")
+        if length == 0:
+            raise DataError(f"{path} holds no sound, or is cut off: check or replace it")
         if length < 0.1 * rate:
             raise DataError(f"{path} lasts {length / rate:.3f} s, at least 0.1 s is needed")
         if "should be" in info.extra_info:  # libsndfile's remark on a length in the header
@@ -239,7 +241,7 @@ def readable(path: Path):
     try:
         sf.info(path)
         known = True
-    except RuntimeError:
+    except (RuntimeError, UnicodeError):  # the latter of its name
         known = False
     if known:
         yield path
@@ -270,21 +272,25 @@ def audio_writer(path: Path, rate: int, length: int):
             yield file
 
 
-def find_recordings(paths: list[str]) -> dict[Path, Path]:
-    """{recording: its path in --out, without ending}, of files and of all below folders.
+def find_recordings(paths: list[str], out: Path) -> dict[Path, Path]:
+    """{recording: its path in `out`, without ending}, of files and of all below folders.
 
-    Hidden files are passed over. Raises DataError for a folder without recordings.
+    Hidden files and those in `out` are passed over. Raises DataError for a folder without
+    recordings.
     """
     found = {}
     for path in map(Path, paths):
         if not path.is_dir():
             found[path] = Path(path.stem)
             continue
+        out_is_below = path.absolute() in out.absolute().parents
         for file in sorted(path.rglob("*")):
             inside = file.relative_to(path)
             hidden = any(part.startswith(".") for part in inside.parts)
             known = READ_DIRECTLY | READ_BY_FFMPEG | {CODES}
-            if file.suffix.lower() in known and not hidden:
+            is_answer = out_is_below and out.absolute() in file.absolute().parents
+            is_file = os.path.isfile(file) or os.path.islink(file)  # dead links are named later
+            if file.suffix.lower() in known and is_file and not hidden and not is_answer:
                 found[file] = inside.with_suffix("")
         if not any(file.is_relative_to(path) for file in found):
             raise DataError(f"{path} holds no recordings: give files or another folder")
@@ -308,17 +314,18 @@ def keep_apart(found: dict[Path, Path]) -> dict[Path, Path]:
 def name_targets(recordings: dict[Path, Path], out: Path, n_speakers: int, overwrite: bool) -> dict:
     """{recording: the file of each speaker}. Raises UserError where one would be written over."""
     targets = {}
-    taken = {path.resolve() for path in recordings}
+    taken = {os.path.realpath(path) for path in recordings}
     for path, name in recordings.items():
         ending = CODES if path.suffix.lower() == CODES else ".wav"
         names = [f"{name.name}_s{k}{ending}" for k in range(1, n_speakers + 1)]
         targets[path] = [out / name.parent / target for target in names]
         for target in targets[path]:
-            if target.resolve() in taken:
+            place = os.path.realpath(target)
+            if place in taken:
                 raise UserError(f"{target} would be written twice, or over an input: change --out")
-            if target.exists() and not overwrite:
+            if os.path.exists(target) and not overwrite:
                 raise UserError(f"{target} is there already: give --overwrite, or another --out")
-            taken.add(target.resolve())
+            taken.add(place)
     return targets
 
 
@@ -335,9 +342,11 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that are there")
     args = parser.parse_args()
     choose_threads(workers=0)
-    recordings = find_recordings(args.recordings)
-    model, codec, checkpoint = load_separator(locate(args.ckpt), choose_device(), args.codec)
+    if "" in [*args.recordings, args.out]:
+        parser.error("one of the names is empty")
     out = Path(args.out)
+    recordings = find_recordings(args.recordings, out)
+    model, codec, checkpoint = load_separator(locate(args.ckpt), choose_device(), args.codec)
     targets = name_targets(recordings, out, model.config.n_speakers, args.overwrite)
 
     rvq = (checkpoint["quantize_before"], checkpoint["quantize_after"])
@@ -350,7 +359,7 @@ def main() -> None:
                 separate_file(model, codec, path, targets[path], rvq)
         except UserError as error:
             failed += 1
-            tqdm.write(f"error: {first_line(error)}", file=sys.stderr)
+            tqdm.write(f"error: {error}", file=sys.stderr)
     print(f"{len(recordings) - failed} recording(s) separated into {out}")
     if failed:
         raise UserError(f"{failed} of {len(recordings)} recording(s) were not separated, see above")

@@ -8,6 +8,7 @@ In the order of the reading path. A test skips what this machine lacks: SLOW=1, 
 
 import ast
 import csv
+import fcntl
 import importlib.util
 import io
 import itertools
@@ -512,7 +513,7 @@ def test_bad_codecs_are_one_line_and_run_no_code(tmp_path, monkeypatch, official
         with refused(f"{name}.pth is .*: fetch"):
             Codec.load(f"{name}.pth")
     assert not Path("exploded").exists()
-    with refused("no codec dac_99khz: use bundled, transform"):
+    with refused("no codec dac_99khz: give --codec one of bundled, transform"):
         Codec.load("dac_99khz")
     with refused("out of range"):
         Codec.load("transform", sample_rate=100)
@@ -907,11 +908,16 @@ def test_what_is_no_data_or_does_not_fit_is_refused_in_one_line(tmp_path):
     write_tone(tmp_path / "LibriSpeech" / "dev-clean" / "19" / "19-198-0000.flac")
     for folder in ("mixtures", "s1", "s2"):
         write_tone(tmp_path / "misnamed" / folder / "x.wav")
-    for name in ("good", "rate", "length", "missing", "broken"):
+    for name in ("good", "rate", "length", "missing", "broken", "gap", "twins", "click"):
         for folder in ("mix", "s1", "s2"):
             write_tone(tmp_path / name / folder / "x.wav")
     write_tone(tmp_path / "rate" / "s2" / "x.wav", rate=16000)
     write_tone(tmp_path / "length" / "s2" / "x.wav", seconds=2)
+    (tmp_path / "gap" / "s2").rename(tmp_path / "gap" / "s4")
+    write_tone(tmp_path / "twins" / "mix" / "x.flac")
+    write_tone(tmp_path / "twins" / "s1" / "x.flac")
+    write_tone(tmp_path / "twins" / "s2" / "x.flac")
+    sf.write(tmp_path / "click" / "mix" / "x.wav", np.ones(1), 8000)
     (tmp_path / "missing" / "s2" / "x.wav").unlink()
     (tmp_path / "broken" / "mix" / "x.wav").write_text("no audio here")
     for root, options, message in (
@@ -926,6 +932,10 @@ def test_what_is_no_data_or_does_not_fit_is_refused_in_one_line(tmp_path):
         ("rate", {}, "s2/x.wav is at 16000 Hz"),
         ("length", {}, "s2/x.wav has 16000 samples, its mixture 24000"),
         ("missing", {}, "s2/x.wav is missing"),
+        ("gap", {}, "has s1, s4: number its folders"),
+        ("twins", {}, "has two mixtures x: rename one"),
+        ("click", {}, "x.wav lasts 0.000 s: give mixtures of 0.1 s or more"),
+        ("good", dict(seconds=1.0, speeds=(0, 100)), "percentages from 25 to 400"),
         ("broken", {}, "1 of 1 recordings in .*mix can't be read"),
         (SPEECH, dict(mix_folder="mix"), "a folder of speakers: --mix_folder doesn't apply"),
         (SPEECH, dict(noise=tmp_path / "missing" / "s2"), "holds no wav"),
@@ -1340,12 +1350,50 @@ def test_a_resumed_run_keeps_its_settings_but_those_that_may_change():
         assert (kept["epochs"], kept["save_every"]) == (2, 7)
 
 
+def test_two_runs_never_write_to_one_folder():
+    begin("run", epochs=1)
+    with open("run/settings.json") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as a run that is going on does
+        for again in (begin, go_on):
+            with refused("a run is going on in run: choose another --out"):
+                again("run", epochs=2)
+    os.remove("run/settings.json")
+    with refused("holds a run: --resume it, or choose another --out"):
+        begin("run")
+
+
+def test_a_run_does_not_go_on_with_fewer_mixtures(speech):
+    parts = np.split(speech.numpy()[:, :16000], 4, axis=1)
+    write_set("four", dict(zip("abcd", parts)))
+    write_set("two", dict(zip("ab", parts)))
+    begin("run", data="four", epochs=1, batch_size=1)
+    with refused("an epoch has 2 updates now, it had 4: give the same --data"):
+        go_on("run", data="two", epochs=2)
+
+
+def test_mixtures_with_a_silent_source_are_no_part_of_the_validation(codec, speech):
+    speech = speech.numpy()
+    write_set("one", {"whole": speech})
+    write_set("two", {"whole": speech, "silent": np.stack([speech[0], 0 * speech[0]])})
+    model = Codecformer(CodecformerConfig(latent_dim=codec.latent_dim, **TINY))
+    scores = [
+        train.validate(model, codec, FixedMixtures(folder, 8000), (False, False), 0, 1, set())
+        for folder in ("one", "two")
+    ]
+    assert scores[0] == scores[1]
+
+
 def test_a_resumed_log_holds_one_row_for_each_update_of_the_checkpoint():
     """However it was left: rows that are torn or come after it are left out, others kept."""
     begin("run", batch_size=2, epochs=1)
     header, first, *_, fourth = Path("run/steps.csv").read_text().splitlines()
     later = fourth.replace("4", "5", 1)
-    for lines, kept in (([header, first, fourth, later, "1"], [first, fourth]), ([], [])):
+    junk = "\0\xff,,,"
+    for lines, kept in (
+        ([header, first, fourth, later, "1"], [first, fourth]),
+        ([first, junk, fourth], [first, fourth]),  # its header is lost
+        ([], []),
+    ):
         folder = Path(f"{len(lines)}")
         shutil.copytree("run", folder)
         (folder / "steps.csv").write_text("\n".join(lines))
@@ -1567,6 +1615,21 @@ def test_a_program_ends_in_one_line():
     assert process.returncode == 1
 
 
+@pytest.mark.parametrize("encoding, target", [("ascii", None), ("utf-8", "/dev/full")])
+def test_a_terminal_may_lack_letters_and_a_disk_may_lack_room(encoding, target):
+    program = "from program import run_program; run_program(lambda: print('0.0 \\u00b10.1'))"
+    output = open(target, "w") if target else subprocess.PIPE
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONIOENCODING": encoding}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], stdout=output, stderr=subprocess.PIPE, env=environment
+    )
+    if target is None:
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"0.0 ?0.1\n", b"")
+    else:
+        assert ended.returncode == 1
+        assert the_error(ended.stderr.decode()).startswith("error: can't go on printing")
+
+
 @slow
 def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been():
     run = dict(epoch_size=40, batch_size=1, save_every=1, dropout=0.2)
@@ -1745,6 +1808,8 @@ def test_flags_of_a_file_are_overridden_by_those_after_it():
 
 def test_mistakes_are_one_line(trained, mistake):
     Path("file").touch()
+    Path("self.txt").write_text("@self.txt")
+    Path("quote.txt").write_text("--data 'speech")
     Path("renamed").mkdir()
     best = trained / "best.pt"
     shutil.copy(best, "renamed/last.pt")
@@ -1754,6 +1819,11 @@ def test_mistakes_are_one_line(trained, mistake):
         (f"train --out {trained}", "holds a run: --resume it, or choose another --out"),
         ("train --seconds 1e9", "--seconds: 1e9 must lie in 0.1 to 600"),
         ("train --lr nan", "--lr: nan must lie in"),
+        ("train --lr 1e300", "--lr: 1e300 must lie in"),
+        ("train --threshold nan", "--threshold: nan must lie in"),
+        ("train --seed 99999999999", "--seed: 99999999999 must lie in"),
+        ("train @self.txt", "a file of flags, given by @, can't be read"),
+        ("train @quote.txt", "a file of flags, given by @, can't be read"),
         ("train --max_steps 0", "--max_steps: 0 must lie in 1 to"),
         ("train --speeds 0 100", "speeds are percentages from 25 to 400"),
         ("train --snr 0", "--snr takes two numbers"),
@@ -1769,12 +1839,20 @@ def test_mistakes_are_one_line(trained, mistake):
         ("evaluate --ckpt none.pt", "no file none.pt"),
         ("evaluate --ckpt a b", "compared with --situations"),
         ("evaluate --n_codebooks 13", "13 codebooks asked for, transform has 1 to 12"),
-        (f"evaluate --out {trained}", "holds other files"),
+        (f"evaluate --out {trained}", "is there already"),
         (f"evaluate --ckpt {best} --out file/y", "can't write"),
         (f"separate {trained}", "holds no recordings"),
+        ("recipes.mix --speech voices --out voices/set", "would become a speaker"),
+        ("recipes.picture --index 99 --out x.png", "--index is 0 to 47, not 99"),
+        ("recipes.picture --out x.xyz", "can't draw x.xyz .*: give a .png"),
+        ("recipes.librispeech --librispeech none --out x", "no folder none"),
+        ("recipes.wsj0_mix --wsj0 none --speakers --out x", "no folder none"),
+        ("recipes.train_codec --data a --valid b --out x --batch_size 1", "1 must lie in 2"),
     ]:
         assert re.search(message, mistake(*line.split())), line
-    assert sorted(path.name for path in Path(".").iterdir()) == ["file", "renamed"]
+    assert "one of the names is empty" in mistake("separate", "")
+    left = ["file", "quote.txt", "renamed", "self.txt"]
+    assert sorted(path.name for path in Path(".").iterdir()) == left
 
 
 def test_bad_checkpoints_are_refused_in_one_line_and_run_no_code(trained):
@@ -1876,8 +1954,9 @@ def test_a_score_that_cannot_be_had_is_left_out_and_counted(trained, speech, cal
     write_set("set", {"whole": speech, "short": speech[:, :1600], "silent": silent})
     printed = call("evaluate", "--ckpt", trained / "best.pt", "--data", "set", "--out", "out")
     row = results_of("out")["rows"]["codecformer"]
-    counts = [row[name]["left_out"] for name in ("si_sdr", "sdr_i", "pesq", "stoi")]
-    assert counts == [1, 1, 2, 2] and "PESQ of Codecformer: 2" in printed
+    names = ("si_sdr", "csi_sdr_i", "sdr_i", "pesq", "stoi")
+    counts = [row[name]["left_out"] for name in names]
+    assert counts == [1, 1, 1, 2, 2] and "PESQ of Codecformer: 2" in printed
     # What is left is the mean of the others.
     lines = Path("out/scores.jsonl").read_text().splitlines()
     (whole,) = [json.loads(line)["rows"] for line in lines if '"whole"' in line]
@@ -1916,7 +1995,7 @@ def test_evaluate_writes_all_it_promises(trained, speech, monkeypatch, call, mis
     for fact in ("codec transform, 6 kbit/s", str(trained / "best.pt"), "SI-SDRi"):
         assert fact in page and fact in printed
     # Nothing that is there is written over; without --out each run has a folder of its own.
-    assert "holds other files" in mistake("evaluate", *line, "--out", "out")
+    assert "out is there already" in mistake("evaluate", *line, "--out", "out")
     for name in ("codecformer_transform_set", "codecformer_transform_set_2"):
         call("evaluate", *line)
         assert results_of(Path("results") / name)["rows"] == rows
@@ -2019,9 +2098,10 @@ def test_bundled_weights_separate_speakers_never_trained_on(offline, name, resul
 @slow
 def test_an_interrupted_evaluation_leaves_no_process_behind(trained):
     process = start("evaluate.py", "--ckpt", trained / "best.pt", "--out", "out")
-    wait_until(lambda: list(Path("out/audio").glob("*")), process)
+    wait_until(lambda: list(Path().glob(".out-*/out/audio/*")), process)
     assert len(children_of(process)) > 1
     assert interrupt(process, signal.SIGINT) == "error: stopped; what was finished is kept"
+    assert not list(Path().glob(".out*"))
 
 
 # Recordings ---------------------------------------------------------------------------------------
@@ -2127,7 +2207,10 @@ def write_bad_recordings() -> list[str]:
         content[f"says_{total}.flac"] = bytes(flac)
     for name, file in content.items():
         Path(name).write_bytes(file)
-    return ["nan.wav", "short.wav", "missing.wav", "/dev/stdin", *content]
+    Path("circle.wav").symlink_to("circle.wav")
+    long = "long" * 62 + ".wav"  # its answers' names would be too long
+    write_tone(Path(long))
+    return ["nan.wav", "short.wav", "missing.wav", "/dev/stdin", "circle.wav", long, *content]
 
 
 def test_bad_recordings_are_named_and_the_others_are_separated(
@@ -2139,7 +2222,9 @@ def test_bad_recordings_are_named_and_the_others_are_separated(
     message = mistake("separate", *bad, "a.wav", "--ckpt", trained / "best.pt")
     assert message.startswith(f"{len(bad)} of {len(bad) + 1} recording(s) were not separated")
     errors = re.findall(r"error: (.*)", capsys.readouterr().err)
-    assert len(errors) == len(bad) and all(name in line for name, line in zip(bad, errors))
+    assert len(errors) == len(bad) and all(
+        Path(name).stem in line for name, line in zip(bad, errors)
+    )
     assert sorted(os.listdir("separated")) == ["a_s1.wav", "a_s2.wav"]
 
 
@@ -2163,12 +2248,17 @@ def test_names_are_kept_apart_and_nothing_is_written_over(trained, monkeypatch, 
         assert made == [f"separated/{name}_s{k}.wav" for name in names for k in (1, 2)]
     again = ["separate", "in/day/a.wav", "in/night/a.wav", *model]
     mine = Path("separated/day/a_wav_s1.wav")
-    before = mine.read_bytes()
+    before, _ = read_audio(mine)
     mine.write_bytes(b"mine")
     assert "is there already: give --overwrite" in mistake(*again)
     assert mine.read_bytes() == b"mine"
     call(*again, "--overwrite")
-    assert mine.read_bytes() == before
+    assert np.array_equal(read_audio(mine)[0], before)
+    # A folder that holds the answers: they aren't separated again.
+    shutil.rmtree("separated")
+    for _ in range(2):
+        call("separate", ".", *model, "--overwrite", "--out", "in/answers")
+        assert not list(Path("in/answers").rglob("*_s1_s1.wav"))
     write_tone(Path("in/day/a_s1.wav"))
     assert "over an input" in mistake("separate", "in/day", *model, "--out", "in/day")
 
@@ -2383,7 +2473,7 @@ def test_costs_are_counted_and_timed_as_they_are():
 def test_curves_of_runs_are_drawn(trained, call, mistake):
     call("recipes.curves", trained, "--out", "curves.png")
     assert Path("curves.png").stat().st_size > 5000
-    assert "can't draw" in mistake("recipes.curves", ".")
+    assert "no file steps.csv: give folders of train.py" in mistake("recipes.curves", ".")
     assert "can't draw" in mistake("recipes.curves", trained, "--out", "curves.xyz")
 
 
@@ -2706,6 +2796,7 @@ def damaged_files(good: bytes) -> dict[str, bytes]:
         "version": changed(dac_version="2.0.0"),
         "channels": changed(channels=2),
         "length": changed(original_length=-5),
+        "level": changed(input_db=np.array([np.nan])),
         "another length": changed(original_length=10**6),
         "runs code": header + pickle.dumps(np.array({"codes": Harm()})),
         "text": b"RIFF, not a .dac file",
@@ -2733,14 +2824,14 @@ def test_bad_files_of_codes_are_one_line_each_and_the_others_are_separated(
     checkpoint = str(ASSETS / "separator_bundled.pt")
     words = ["separate.py", str(tmp_path), "--ckpt", checkpoint, "--out", str(out)]
     monkeypatch.setattr("sys.argv", words)
-    with pytest.raises(UserError, match="13 of 14 recording"):
+    with pytest.raises(UserError, match="14 of 15 recording"):
         separate_program.main()
     assert sorted(path.name for path in out.iterdir()) == ["good_s1.dac", "good_s2.dac"]
     said = capsys.readouterr()
     assert "this must not run" not in said.out
     errors = [line for line in said.err.splitlines() if "error:" in line]
-    assert len(errors) == 13
-    assert all(".dac" in line for line in errors if "codes from" not in line)
+    assert len(errors) == 14
+    assert all(".dac" in line for line in errors)
 
 
 def readme_blocks(language: str) -> list[str]:

@@ -22,7 +22,7 @@ What is unusual:
   that easy mixtures don't drown the others.
 """
 
-import csv
+import fcntl
 import json
 import math
 import os
@@ -58,6 +58,7 @@ from program import (
     save_tensors,
     setting,
     whole,
+    whole_file,
     writing,
 )
 
@@ -89,9 +90,11 @@ class Settings:
     # a separator on waveforms that is si_sdr
     loss: str | None = setting(None, "what is minimised", choices=list(LOSSES))
     loss_seconds: float = setting(0.0, "the loss sees a crop of so many; 0: all", number(0, 600))
-    threshold: float = setting(-30.0, "dB; a mixture with a loss below it weighs nothing")
+    threshold: float = setting(
+        -30.0, "dB; a mixture with a loss below it weighs nothing", number(-1e3, 1e3)
+    )
     # optimisation
-    lr: float = setting(1e-3, "rate of Adam", number(1e-12))
+    lr: float = setting(1e-3, "rate of Adam", number(1e-12, 10))
     schedule: str = setting("cosine", "of the rate", choices=["cosine", "plateau"])
     warmup: int = setting(100, "cosine: updates in which the rate rises", whole(1))
     patience: int = setting(2, "plateau: epochs without gain until it is halved", whole(0))
@@ -101,9 +104,9 @@ class Settings:
     clip: float = setting(5.0, "largest norm of the gradient", number(1e-12))
     epochs: int = setting(5, "until the run ends", whole(1))
     precision: str = setting("auto", "of the separator", choices=["auto", "fp32", "bf16", "fp16"])
-    seed: int = setting(0, "of weights and mixtures", whole(0))
+    seed: int = setting(0, "of weights and mixtures", whole(0, 2**32 - 1))
     # run
-    out: str = setting("runs/bundled", "folder of the run")
+    out: str = setting("runs/first", "folder of the run")
     max_steps: int | None = setting(None, "end after so many updates", whole(1))
     save_every: int = setting(200, "updates between checkpoints", whole(1))
     compile: bool = setting(False, "compile the separator")
@@ -219,6 +222,9 @@ def train(given: dict, resume: bool) -> None:
         raise UserError(
             f"{world} process(es) make {batches.per_update} mixtures an update, not {had}"
         )
+    if resume and updates != training["updates"]:
+        had = training["updates"]
+        raise UserError(f"an epoch has {updates} updates now, it had {had}: give the same --data")
     if resume and done >= end:
         raise UserError(f"the run ended after {done} updates: raise --epochs or --max_steps")
     loader = iter(
@@ -265,11 +271,12 @@ def train(given: dict, resume: bool) -> None:
                 "losses": losses,
                 "seconds": seconds_before + time.monotonic() - began,
                 "per_update": batches.per_update,
+                "updates": updates,
             },
         }
 
     if rank == 0:
-        begin_folder(out, state(), resume)
+        lock = begin_folder(out, state(), resume)
         n_parameters = sum(p.numel() for p in model.parameters())
         print(mixtures.found, valid_mixtures.found, sep="\n")
         print(
@@ -359,6 +366,8 @@ def train(given: dict, resume: bool) -> None:
             break
 
     bar.close()
+    if rank == 0:
+        lock.close()
     if world > 1:
         dist.destroy_process_group()
     if skipped == done:
@@ -434,20 +443,27 @@ def validate(model, codec, mixtures, rvq, rank: int, world: int, told: set) -> f
     """
     model.eval()
     mixtures = Replaced(mixtures)
-    improvement = torch.zeros((), dtype=torch.float64, device=codec.device)
+    # Of the improvements, and how many they are.
+    totals = torch.zeros(2, dtype=torch.float64, device=codec.device)
     for index in range(rank, len(mixtures), world):
         item = mixtures[index]
         report_broken([item["broken"]], told)
         mixture = torch.from_numpy(item["mixture"])[None].to(codec.device)  # [1, T]
         sources = torch.from_numpy(item["sources"])[None].to(codec.device)  # [1, S, T]
+        if (sources.std(-1) <= 1e-6).any():  # of a silent source nothing can be said
+            continue
         estimates = separate(model, codec, mixture, *rvq)
         loss, _ = pit(pairwise_negative_si_sdr(estimates, sources))
         untouched = si_sdr(mixture.unsqueeze(1), sources).mean()
-        improvement += -loss.squeeze() - untouched
+        totals[0] += -loss.squeeze() - untouched
+        totals[1] += 1
     if world > 1:
-        dist.all_reduce(improvement)
+        dist.all_reduce(totals)
     model.train()
-    return improvement.item() / len(mixtures)
+    improvement, n_scored = totals.tolist()
+    if n_scored == 0:
+        raise UserError("every validation mixture has a silent source: give another --valid")
+    return improvement / n_scored
 
 
 def cosine_rate(peak: float, done: int, end: int, warmup: int) -> float:
@@ -578,37 +594,44 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def begin_folder(out: Path, state: dict, resume: bool) -> None:
+def begin_folder(out: Path, state: dict, resume: bool):
     """Makes the folder or, to go on, leaves out rows of updates that the checkpoint doesn't know.
 
-    Raises UserError if it holds a run already.
+    Returns a file that is locked as long as it is open. Raises UserError if a run is going on in
+    the folder, or if a new one would write over another's weights.
     """
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            try:
-                # Of two runs that begin at once in one folder, one finds the other's file here.
-                file = open(out / "settings.json", "x")
-            except FileExistsError:
-                raise UserError(
-                    f"{out} holds a run: --resume it, or choose another --out"
-                ) from None
-        else:
-            file = open(out / "settings.json", "w")
-        with file:
-            json.dump(state["settings"], file, indent=1)
+        lock = open(out / "settings.json", "a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"a run is going on in {out}: choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        if not resume and any(out.glob("*.pt")):
+            raise UserError(f"{out} holds a run: --resume it, or choose another --out")
+        lock.truncate(0)
+        json.dump(state["settings"], lock, indent=1)
+        lock.flush()
         for name, columns in COLUMNS.items():
-            rows = []
-            if resume and (out / name).exists():
-                with open(out / name, newline="") as log:
-                    # The last one may be cut off, where the disk was full.
-                    rows = [row for row in csv.DictReader(log) if None not in row.values()]
-            done = state["training"]["done"]
-            with open(out / name, "w", newline="") as log:
-                writer = csv.DictWriter(log, columns, extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(row for row in rows if int(row["step"]) <= done)
+            rows = read_rows(out / name, columns, state["training"]["done"]) if resume else []
+            with whole_file(out / name) as partial, open(partial, "w") as log:
+                for row in [columns, *rows]:
+                    print(*row, sep=",", file=log)
     save_tensors(state, out / "last.pt")
+    return lock
+
+
+def read_rows(path: Path, columns: list[str], done: float = math.inf) -> list[list[str]]:
+    """The rows of a log up to update `done`; what a crash left of others is passed over."""
+    if not path.exists():
+        return []
+    lines = path.read_text(errors="replace").splitlines()
+    rows = [line.split(",") for line in lines]
+    step = columns.index("step")
+    whole_rows = [row for row in rows if len(row) == len(columns) and row[step].isdecimal()]
+    return [row for row in whole_rows if int(row[step]) <= done]
 
 
 def add_row(path: Path, *values) -> None:
@@ -630,9 +653,11 @@ def read_flags(words: list[str]) -> tuple[dict, bool]:
     """The settings and sizes that were given on the command line, and whether to resume."""
     which = Parser(add_help=False)
     which.add_argument("--model", choices=list(SEPARATORS), default=Settings.model)
-    model = which.parse_known_args(words)[0].model
+    which.add_argument("--resume", action="store_true")
+    known = which.parse_known_args(words)[0]
+    model = known.model
+    resume = known.resume
     from_file = any(word.startswith("@") for word in words)
-    resume = "--resume" in words
     sizes = {} if from_file or resume else DEFAULT_SIZES.get(model, {})
 
     parser = Parser(description="Trains a separator. @FILE stands for the flags in a file.")
@@ -658,7 +683,7 @@ def load_last(out: Path) -> dict:
     """The checkpoint to go on from."""
     path = out / "last.pt"
     if not path.exists():
-        raise UserError(f"{out} holds no run to resume: check --out, or start without --resume")
+        raise UserError(f"{out} holds no run to resume: check --out, or leave out --resume")
     checkpoint = load_checkpoint(path)
     if "training" not in checkpoint:
         raise UserError(f"{path} holds weights alone, as best.pt does: start from it by --init")

@@ -12,6 +12,7 @@ import math
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import soundfile as sf
 import torch
 
@@ -42,6 +43,10 @@ def encode(path: Path, name: str, n_codebooks: int | None) -> Path:
     """Writes the codes of a recording. Raises UserError if it can't be read."""
     target = beside(path, ".dac")
     audio, rate = read_audio(path)
+    if not np.abs(audio).max() < 1e4:  # not a number either; the file states the level
+        raise UserError(
+            f"{path} peaks at {np.abs(audio).max():.0e}, full scale is 1: scale it down"
+        )
     codec = load_codec(name, rate)
     codec.use_codebooks(codec.network.n_codebooks if n_codebooks is None else n_codebooks)
     wav = torch.from_numpy(audio)[None].to(codec.device)  # [1, T]

@@ -6,13 +6,13 @@ A run may still be going on: its rows so far are drawn. Losses are smoothed by a
 hundredth of the run, and compare only where they are of one kind.
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from program import Parser, UserError, run_program
+from train import COLUMNS, read_rows
 
 
 def draw(folders: dict, out) -> None:
@@ -25,10 +25,11 @@ def draw(folders: dict, out) -> None:
     trained = []  # validations after the first epoch of each run
     try:
         for label, folder in folders.items():
-            steps = read_table(Path(folder) / "steps.csv")
-            epochs = read_table(Path(folder) / "log.csv")
-            if steps.size:
-                window = max(len(steps) // 100, 1)
+            steps = read_table(folder, "steps.csv")
+            epochs = read_table(folder, "log.csv")
+            n_steps = len(steps["step"])
+            if n_steps:
+                window = max(n_steps // 100, 1)
                 smooth = np.convolve(steps["loss"], np.ones(window) / window, "valid")
                 left.plot(steps["step"][window - 1 :], smooth, linewidth=1)
             gains = epochs["valid_si_sdr_i"]
@@ -48,11 +49,14 @@ def draw(folders: dict, out) -> None:
         ) from None
 
 
-def read_table(path: Path) -> np.ndarray:
-    """The rows of a .csv file with a header, as a structured array of one dimension."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "genfromtxt: Empty input")  # before the first update
-        return np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
+def read_table(folder, name: str) -> dict[str, np.ndarray]:
+    """The columns of steps.csv or log.csv. Raises UserError if the run has no such file."""
+    path = Path(folder) / name
+    if not path.exists():
+        raise UserError(f"no file {path}: give folders of train.py")
+    rows = read_rows(path, COLUMNS[name])
+    values = np.array(rows, dtype=float).reshape(-1, len(COLUMNS[name]))
+    return dict(zip(COLUMNS[name], values.T))
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ Folders of 16-bit FLAC: mix_clean, s1, s2 ..., or with noise mix_both, s1, s2 ..
 mixture is the sum of its parts as they were rounded, so that it holds exactly.
 """
 
+from pathlib import Path
+
 import numpy as np
 import soundfile as sf
 from tqdm import tqdm
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("--speech", required=True, help="folder with a folder per speaker")
     parser.add_argument("--out", required=True, help="new folder")
     parser.add_argument("--n", type=whole(1), default=48, help="number of mixtures")
-    parser.add_argument("--seconds", type=number(0.1), default=4.0, help="of each")
+    parser.add_argument("--seconds", type=number(0.1, 600), default=4.0, help="of each")
     parser.add_argument("--n_speakers", type=whole(2, 5), default=2, help="2 to 5")
     parser.add_argument("--noise", help="folder of recordings to add as noise")
     parser.add_argument(
@@ -51,9 +53,11 @@ def main() -> None:
         metavar=("LOW", "HIGH"),
         help="range in dB, all speech over noise",
     )
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     parser.add_argument("--sample_rate", type=whole(1000, 192000), default=8000, help="Hz")
     args = parser.parse_args()
+    if Path(args.speech).resolve() in Path(args.out).resolve().parents:
+        parser.error(f"--out {args.out} would become a speaker of --speech: choose another")
     mixtures = SpeakerMixtures(
         args.speech,
         args.sample_rate,

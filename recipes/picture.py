@@ -12,7 +12,18 @@ from matplotlib.figure import Figure
 from checkpoint import load_separator
 from codecformer import separate
 from data import FixedMixtures
-from program import ASSETS, Parser, choose_device, locate, portable, run_program, whole, writing
+from program import (
+    ASSETS,
+    Parser,
+    UserError,
+    choose_device,
+    first_line,
+    locate,
+    portable,
+    run_program,
+    whole,
+    writing,
+)
 
 
 def draw(signals: dict[str, np.ndarray], rate: int, out) -> None:
@@ -36,8 +47,11 @@ def draw(signals: dict[str, np.ndarray], rate: int, out) -> None:
         axes.set_yticks([0, rate / 2000])
         axes.tick_params(labelsize=7)
     figure.axes[0].set_ylabel("kHz", fontsize=8)
-    with writing(out):
-        figure.savefig(out, dpi=80)
+    try:
+        with writing(out):
+            figure.savefig(out, dpi=80)
+    except ValueError as error:  # of its ending
+        raise UserError(f"can't draw {out} ({first_line(error)}): give a .png") from None
 
 
 def main() -> None:
@@ -49,7 +63,10 @@ def main() -> None:
     args = parser.parse_args()
     model, codec, _ = load_separator(locate(args.ckpt), choose_device())
     n_speakers = model.config.n_speakers
-    item = FixedMixtures(locate(args.data), codec.sample_rate, n_speakers)[args.index]
+    mixtures = FixedMixtures(locate(args.data), codec.sample_rate, n_speakers)
+    if args.index >= len(mixtures):
+        raise UserError(f"--index is 0 to {len(mixtures) - 1}, not {args.index}")
+    item = mixtures[args.index]
     mixture = torch.from_numpy(item["mixture"])[None].to(codec.device)
     with torch.no_grad():
         estimates = separate(model, codec, mixture)[0].cpu().numpy()

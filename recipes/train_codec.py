@@ -464,7 +464,7 @@ def main() -> None:
     parser.add_argument(
         "--sums", type=share, default=0.8, help="share of examples decoded from a sum"
     )
-    parser.add_argument("--batch_size", type=whole(1), default=16, help="examples a step")
+    parser.add_argument("--batch_size", type=whole(2), default=16, help="examples a step")
     parser.add_argument("--workers", type=whole(0), default=1, help="processes that make examples")
     parser.add_argument(
         "--bf16",
@@ -475,7 +475,7 @@ def main() -> None:
         "--every", type=number(0), default=5.0, help="minutes between checkpoints and validations"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     args = parser.parse_args()
     begun = (args.out / "last.pt").exists()
     if args.resume and not begun:

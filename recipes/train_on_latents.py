@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--lr", type=number(1e-12), default=7e-4, help="peak rate of Adam")
     parser.add_argument("--copies", type=whole(1), default=3, help="speeds of each recording")
     parser.add_argument("--init", help="checkpoint whose separator to start from")
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     args = parser.parse_args()
     begun = (args.out / "last.pt").exists()

@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="new folder of the run")
     parser.add_argument("--minutes", type=number(1e-9), default=42.0, help="of training")
     parser.add_argument("--every", type=number(0), default=6.0, help="minutes between scores")
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     args = parser.parse_args()
     if args.out.exists():
         raise UserError(f"{args.out} is there already: choose another --out")

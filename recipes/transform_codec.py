@@ -99,7 +99,7 @@ def main() -> None:
         default=400,
         help="of mixtures that they are fitted to (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args()
     if args.out.exists():

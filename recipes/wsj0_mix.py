@@ -160,6 +160,8 @@ def active_speech_level(audio: np.ndarray, rate: int) -> tuple[float, float]:
 
 
 def list_utterances(wsj0) -> list[Path]:
+    if not Path(wsj0).is_dir():
+        raise DataError(f"no folder {wsj0}: give the one with WSJ0")
     suffixes = AUDIO_SUFFIXES | {".wv1", ".sph"}
     return sorted(path for path in Path(wsj0).rglob("*") if path.suffix.lower() in suffixes)
 
