@@ -1,7 +1,7 @@
 """Trains a separator on latents that are made once: on CPUs, twice as many mixtures an hour.
 
-    python -m recipes.train_on_latents --data voices --valid libri/valid --codec codec.pth \\
-        --steps 12000 --out runs/latents
+    python -m recipes.train_on_latents --data voices libri/train --valid libri/valid \\
+        --codec codec.pth --steps 12000 --out runs/latents
     python -m recipes.train_on_latents ... --resume          goes on where the run stopped
     python train.py --init runs/latents/best.pt ...          the losses on waveforms, after it
 
@@ -33,7 +33,6 @@ from data import Recordings, list_speakers, open_mixtures, resample
 from losses import pairwise_latent_error, pit
 from program import (
     Parser,
-    UserError,
     choose_device,
     choose_threads,
     git_revision,
@@ -58,7 +57,7 @@ SIZES = dict(features="both", context=5, d_model=256, n_layers=6, n_heads=4, d_f
 
 
 def train(
-    data: str,
+    data: list[str],
     valid: str,
     codec_name: str,
     out: Path,
@@ -159,37 +158,37 @@ def train(
 
 
 class LatentSpeech:
-    """The latents of all recordings of a folder of speakers, each `copies` times at some speed."""
+    """The latents of all recordings of folders of speakers, each `copies` times at some speed."""
 
-    def __init__(self, root, codec: Codec, copies: int, seed: int):
+    def __init__(self, roots: list, codec: Codec, copies: int, seed: int):
         self.seed = seed
         self.length = round(SECONDS * codec.frame_rate)
         self.pause = [round(seconds * codec.frame_rate) for seconds in PAUSE]
         self.dim = codec.latent_dim
-        recordings = Recordings()
-        speakers = list_speakers(root, recordings)
-        self.speech = []  # of each speaker, that of each recording [frames, D]
+        self.folders = []  # of each, of each speaker, that of each recording [frames, D]
         rng = np.random.default_rng([seed, 0])
-        for files in tqdm(speakers.values(), "encoding", unit="speaker"):
-            latents = [
-                encode(codec, recordings, path, int(rng.integers(*SPEEDS)))
-                for path in files
-                for _ in range(copies)
-            ]
-            latents = [z for z in latents if len(z) > 0]
-            if latents:
-                self.speech.append(latents)
-        if len(self.speech) < 2:
-            raise UserError(f"{root} holds speech of {len(self.speech)} speakers: give another")
+        for root in roots:
+            recordings = Recordings()
+            folder = []
+            for files in tqdm(list_speakers(root, recordings).values(), "encoding", unit="speaker"):
+                folder.append(
+                    [
+                        encode(codec, recordings, path, int(rng.integers(*SPEEDS)))
+                        for path in files
+                        for _ in range(copies)
+                    ]
+                )
+            self.folders.append(folder)
 
     def draw(self, step: int, batch_size: int) -> torch.Tensor:
         """The sources of a step's mixtures, [B, 2, D, F]; their sums have a deviation of 1."""
         rng = np.random.default_rng([self.seed, 1, step])
         sources = torch.zeros(batch_size, 2, self.length, self.dim)
         for pair in sources:
-            drawn = rng.choice(len(self.speech), 2, replace=False)
+            folder = self.folders[rng.integers(len(self.folders))]
+            drawn = rng.choice(len(folder), 2, replace=False)
             for source, speaker in zip(pair, drawn):
-                self.fill(rng, source, self.speech[speaker])
+                self.fill(rng, source, folder[speaker])
             pair /= pair.std((1, 2), keepdim=True) + 1e-4
             difference = rng.uniform(-LEVEL_RANGE, LEVEL_RANGE)
             pair[0] *= 10 ** (difference / 20)
@@ -231,7 +230,12 @@ def report(path: Path, row: dict) -> None:
 
 def main() -> None:
     parser = Parser(description="Trains a separator on latents that are made once.")
-    parser.add_argument("--data", required=True, help="folder with a folder per speaker")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        help="folders with a folder per speaker, each for an equal share of the mixtures",
+    )
     parser.add_argument("--valid", required=True, help="folder of other speakers, or a fixed set")
     parser.add_argument("--codec", required=True, dest="codec_name", help="its weights")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
