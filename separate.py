@@ -149,16 +149,22 @@ def separate_whole_codes(model, codec, codes: torch.Tensor) -> torch.Tensor:
     starts = window_starts(length, rate)
     following = [*starts[1:], length]
     tail = None  # of the estimated latents so far, still to be faded
+    before = None  # the second before the window: what makes codes may look around
     pieces = []
     for start, next_start in zip(starts, following):
         window = codes[None, :, start : start + WINDOW * rate].to(codec.device)
         estimates = estimate_latents(model, codec, codec.from_codes(window))[0]  # [S, D, F]
         estimates = estimates.cpu().numpy()
-        if tail is not None:
+        if tail is None:
+            before = estimates[..., :0]
+        else:
             estimates = join(tail, estimates)
         n_final = next_start - start
-        final = torch.from_numpy(estimates[..., :n_final]).to(codec.device)
-        pieces.append(codec.to_codes(final))
+        n_before = before.shape[-1]
+        around = np.concatenate([before, estimates[..., : n_final + rate]], axis=-1)
+        sent = codec.to_codes(torch.from_numpy(around).to(codec.device))
+        pieces.append(sent[..., n_before : n_before + n_final])
+        before = estimates[..., max(n_final - rate, 0) : n_final]
         tail = estimates[..., n_final:]
     return torch.cat(pieces, dim=-1)
 
