@@ -9,8 +9,9 @@ For codecs whose latents add, as those of recipes/train_codec.py do (to 39 dB): 
 mixture are taken to be the sum of its sources', so that nothing is encoded or resampled while the
 separator learns. It is validated as in train.py, on waveforms through the whole codec.
 
---out gets last.pt (to resume from), best.pt and log.csv. The latents of all recordings, each at
-several speeds, are held in memory in half precision: 115 MB an hour of speech and copy.
+--out gets last.pt (to resume from), best.pt and log.csv. The latents are held in memory in half
+precision, 115 MB an hour of speech. Each recording is encoded at several speeds and as if by
+several microphones, as often as it takes for its folder to hold --hours.
 
 The loss is the one between latents. Attention is computed in plain matrix products: torch's fused
 one is twice as slow on CPUs in bfloat16.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.signal import lfilter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -42,18 +44,19 @@ from program import (
     whole,
     writing,
 )
-from train import cosine_rate, save_best, start_from, validate
+from train import cosine_rate, save_best, validate
 
 RATE = 8000  # Hz
 SECONDS = 3.0
 SPEEDS = (80, 125)  # percent, from and to
+MICROPHONE = (0.4, 0.2)  # largest weights of a signal's last two samples that are added to it
 LEVEL_RANGE = 5.0  # dB between the two sources, at most
 PAUSE = (0.05, 0.3)  # seconds, between short recordings
 VALID_SIZE = 96  # mixtures
 SAVE_EVERY = 500  # updates
 WARMUP = 300  # updates
 CLIP = 5.0
-SIZES = dict(features="both", context=5, d_model=256, n_layers=6, n_heads=4, d_ffn=960, dropout=0.0)
+SIZES = dict(features="both", context=5, d_model=256, n_layers=6, n_heads=4, d_ffn=960, dropout=0.1)
 
 
 def train(
@@ -65,7 +68,7 @@ def train(
     every: int,
     batch_size: int,
     lr: float,
-    copies: int,
+    hours: float,
     init: str | None,
     seed: int,
     resume: bool,
@@ -78,7 +81,7 @@ def train(
     torch.manual_seed(seed)
     model = build_model("codecformer", SIZES, 2, codec.latent_dim).to(device)
     if init:
-        model = start_from(load_checkpoint(init), "codecformer", model, codec).to(device)
+        model.load_state_dict(load_checkpoint(init)["model"])
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     done = 0  # updates
     best = -math.inf  # validation SI-SDRi, dB
@@ -91,7 +94,7 @@ def train(
         done = training["done"]
         best = training["best"]
         seconds_before = training["seconds"]
-    speech = LatentSpeech(data, codec, copies, seed)
+    speech = LatentSpeech(data, codec, hours, seed)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
 
@@ -130,7 +133,7 @@ def train(
             "quantize_before": False,
             "quantize_after": False,
             "settings": dict(
-                data=data, valid=valid, steps=steps, batch_size=batch_size, lr=lr, copies=copies,
+                data=data, valid=valid, steps=steps, batch_size=batch_size, lr=lr, hours=hours,
                 init=init, seed=seed, seconds=SECONDS,
             ),
             "git": git_revision(),
@@ -158,9 +161,9 @@ def train(
 
 
 class LatentSpeech:
-    """The latents of all recordings of folders of speakers, each `copies` times at some speed."""
+    """Latents of folders of speakers, each recording as often as makes `hours` of its folder."""
 
-    def __init__(self, roots: list, codec: Codec, copies: int, seed: int):
+    def __init__(self, roots: list, codec: Codec, hours: float, seed: int):
         self.seed = seed
         self.length = round(SECONDS * codec.frame_rate)
         self.pause = [round(seconds * codec.frame_rate) for seconds in PAUSE]
@@ -170,13 +173,12 @@ class LatentSpeech:
         for root in roots:
             recordings = Recordings()
             folder = []
-            for files in tqdm(list_speakers(root, recordings).values(), "encoding", unit="speaker"):
+            speakers = list_speakers(root, recordings)
+            seconds = sum(frames / rate for frames, rate in recordings.headers.values())
+            copies = max(round(hours * 3600 / seconds), 1)
+            for files in tqdm(speakers.values(), f"encoding {root}", unit="speaker"):
                 folder.append(
-                    [
-                        encode(codec, recordings, path, int(rng.integers(*SPEEDS)))
-                        for path in files
-                        for _ in range(copies)
-                    ]
+                    [encode(codec, recordings, path, rng) for path in files for _ in range(copies)]
                 )
             self.folders.append(folder)
 
@@ -208,10 +210,11 @@ class LatentSpeech:
 
 
 @torch.no_grad()
-def encode(codec: Codec, recordings: Recordings, path, speed: int) -> torch.Tensor:
-    """A recording at a speed in percent, at the codec's level -> [frames, D], in half precision."""
+def encode(codec: Codec, recordings: Recordings, path, rng) -> torch.Tensor:
+    """A recording at some speed and by some microphone -> [frames, D] in half precision."""
     frames, rate = recordings.headers[path]
-    wav = resample(recordings.read(path, 0, frames), rate * speed, RATE * 100)
+    wav = resample(recordings.read(path, 0, frames), rate * int(rng.integers(*SPEEDS)), RATE * 100)
+    wav = lfilter([1, *rng.uniform(-1, 1, 2) * MICROPHONE], [1], wav).astype(np.float32)
     wav = torch.from_numpy(wav)[None].to(codec.device)
     with torch.autocast(codec.device.type, torch.bfloat16):
         latents = codec.encode(wav * codec.gain(wav))
@@ -243,7 +246,9 @@ def main() -> None:
     parser.add_argument("--every", type=whole(1), default=1000, help="updates between validations")
     parser.add_argument("--batch_size", type=whole(1), default=8, help="mixtures an update")
     parser.add_argument("--lr", type=number(1e-12), default=7e-4, help="peak rate of Adam")
-    parser.add_argument("--copies", type=whole(1), default=3, help="speeds of each recording")
+    parser.add_argument(
+        "--hours", type=number(0, 100), default=16.0, help="of latents of each folder, at least all"
+    )
     parser.add_argument("--init", help="checkpoint whose separator to start from")
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
