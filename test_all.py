@@ -2601,6 +2601,52 @@ def test_a_resumed_codec_repeats_the_unbroken_one(train_codec, monkeypatch):
 
 
 @slow
+def test_the_half_that_makes_codes_learns_beside_fixed_latents(train_codec, monkeypatch):
+    recipe = import_module("recipes.train_rvq")
+    for name, value in dict(RVQ_STARTS=3, BATCH_SIZE=8, N_REFERENCE=32).items():
+        monkeypatch.setattr(recipe, name, value)
+    monkeypatch.setattr(recipe, "validate", lambda *_, **__: {})
+    network = train_codec.start_transparent(SoundStream(train_codec.SHAPE))
+    train_codec.save_soundstream(network, "latents.pth", half=True)
+    run = dict(data=SPEECH, valid=SPEECH, minutes=0.15, every=1e9, seed=0)
+    recipe.train(latents="latents.pth", out=Path("out"), **run)
+    before, after = (
+        saved(*path)["state_dict"] for path in ((".", "latents.pth"), ("out", "codec.pth"))
+    )
+    same = {name.split(".")[0] for name in before if torch.equal(before[name], after[name])}
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert same == {"encoder", "decoder"} and changed == {"analysis", "synthesis", "quantizer"}
+    wav = torch.from_numpy(read_audio(SPEECH / "june" / "01.ogg", 8000, 32000)[0])[None]
+    untrained, trained = (
+        si_sdr(quietly(Codec.load, path).transmit(wav), wav)
+        for path in ("latents.pth", "out/codec.pth")
+    )
+    assert trained > untrained + 5
+
+
+@slow
+def test_a_separator_learns_from_latents_and_a_resumed_run_repeats(codec, monkeypatch):
+    recipe = import_module("recipes.train_on_latents")
+    monkeypatch.setattr(recipe, "SIZES", {**TINY, "dropout": 0.2})
+    monkeypatch.setattr(recipe.Codec, "load", lambda *_: codec)
+    run = dict(data=[TALKERS.name], valid=TALKERS.name, codec_name="transform", steps=6, every=2)
+    run |= dict(batch_size=2, lr=1e-3, hours=0.01, init=None, seed=0)
+    monkeypatch.setattr(recipe, "VALID_SIZE", 2)
+    recipe.train(out=Path("whole"), resume=False, **run)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(recipe, "validate", stopping(recipe.validate, 2))
+        recipe.train(out=Path("broken"), resume=False, **run)
+    recipe.train(out=Path("broken"), resume=True, **run)
+    assert same_weights("whole", "broken")
+    speech = recipe.LatentSpeech([TALKERS.name], codec, 0.01, 0)
+    sources = speech.draw(3, 4)
+    assert sources.shape == (4, 2, 320, 150) and torch.equal(sources, speech.draw(3, 4))
+    assert sources.sum(1).std((1, 2)).sub(1).abs().max() < 1e-3  # as mixtures have it at the codec
+    levels = 20 * sources.std((2, 3)).log10()
+    assert levels.diff().abs().max() < 5.1
+
+
+@slow
 def test_codebooks_fitted_to_speech_transmit_it(codec, monkeypatch, call):
     recipe = import_module("recipes.transform_codec")
     monkeypatch.setattr(recipe.Transform, "n_codebooks", 3)

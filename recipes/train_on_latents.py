@@ -105,6 +105,7 @@ def train(
         rate = cosine_rate(lr, step, steps, WARMUP)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        torch.manual_seed(seed + step)  # dropout's: a resumed run repeats
         sources = speech.draw(step, batch_size).to(device)  # [B, 2, D, F]
         mixture = sources.sum(1)  # [B, D, F]
         with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
