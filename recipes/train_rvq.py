@@ -1,6 +1,7 @@
 """Trains the half of a codec that makes codes: 6 kbit/s of the latents of recipes/train_codec.py.
 
     python -m recipes.train_rvq --latents FILE --data voices --valid libri/valid --out runs/codec
+    python -m recipes.train_rvq --latents runs/codec/codec.pth --trained ...     longer, from there
 
 --out gets codec.pth (the whole codec, for `Codec.load`) and log.csv. Encoder and decoder stay as
 they are: what is trained are the networks between latents and RVQ, and the codebooks.
@@ -65,7 +66,14 @@ COMMITMENT = 0.25
 
 
 def train(
-    latents: str, data: str, valid: str, out: Path, minutes: float, every: float, seed: int
+    latents: str,
+    trained: bool,
+    data: str,
+    valid: str,
+    out: Path,
+    minutes: float,
+    every: float,
+    seed: int,
 ) -> None:
     """A whole run; see the flags of `main`. Raises UserError."""
     device = choose_device()
@@ -78,7 +86,9 @@ def train(
     network.to(device).requires_grad_(False)
     reference = [examples[10**6 + i].to(device) for i in range(N_REFERENCE // BATCH_SIZE)]
     torch.manual_seed(seed)
-    start_as_axes(network, torch.cat([network.encoder(wav) for wav in reference]))
+    if not trained:
+        start_as_axes(network, torch.cat([network.encoder(wav) for wav in reference]))
+    rvq_starts = 0 if trained else RVQ_STARTS
     weights = [*network.analysis.parameters(), *network.synthesis.parameters()]
     for weight in weights:
         weight.requires_grad_(True)
@@ -104,7 +114,7 @@ def train(
             return
 
         torch.manual_seed(seed + step)
-        if step == RVQ_STARTS:
+        if step == rvq_starts and not trained:
             with torch.no_grad():
                 points = [on_frames(network.analysis, network.encoder(wav)) for wav in reference]
                 codebooks.fit(as_rows(torch.cat(points)))
@@ -119,7 +129,7 @@ def train(
         passes = torch.rand(len(wav), device=device) < QUANTISED  # [B]
         given = points
         commitment = 0.0
-        if step >= RVQ_STARTS:
+        if step >= rvq_starts:
             n_codebooks = draw_n_codebooks(network.n_codebooks)
             with torch.no_grad():
                 entries, codes = network.quantizer(points, n_codebooks)
@@ -137,7 +147,7 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(weights, CLIP)
         optimizer.step()
-        if step >= RVQ_STARTS:
+        if step >= rvq_starts:
             codebooks.follow(points.detach(), codes)
         step += 1
 
@@ -238,6 +248,9 @@ def assign(points: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     parser = Parser(description="Trains the half of a codec that makes codes.")
     parser.add_argument("--latents", required=True, help="weights of recipes.train_codec")
+    parser.add_argument(
+        "--trained", action="store_true", help="they are of this recipe: go on from its codes"
+    )
     parser.add_argument("--data", required=True, help="folder with a folder per speaker")
     parser.add_argument("--valid", required=True, help="folder of other speakers")
     parser.add_argument("--out", type=Path, required=True, help="new folder of the run")
