@@ -79,7 +79,8 @@ def check_codec(checkpoint: dict, path, codec: Codec) -> None:
     trained_on = checkpoint["codec"]
     if trained_on["fingerprint"] != codec.fingerprint:
         name = trained_on["name"]
-        raise UserError(f"{path} was trained on another {name} than {codec.name}: give --codec")
+        advice = "give --codec its own, or another checkpoint"
+        raise UserError(f"{path} was trained on another {name} than {codec.name}: {advice}")
 
 
 def load_separator(path, device, codec_name: str | None = None):
@@ -89,6 +90,10 @@ def load_separator(path, device, codec_name: str | None = None):
     not the one that the separator was trained on.
     """
     checkpoint = load_checkpoint(path)
-    codec = Codec.load(codec_name or checkpoint["codec"]["name"], checkpoint["sample_rate"], device)
+    try:
+        name = codec_name or checkpoint["codec"]["name"]
+        codec = Codec.load(name, checkpoint["sample_rate"], device)
+    except UserError as error:
+        raise UserError(f"the codec of {path}: {error}") from None
     check_codec(checkpoint, path, codec)
     return restore_model(checkpoint, path).to(device), codec, checkpoint

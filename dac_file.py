@@ -126,7 +126,8 @@ def check_codes(file: CodeFile, path, codec: Codec) -> None:
     """
     if file.codec and file.codec["fingerprint"] != codec.fingerprint:
         theirs = file.codec["name"]
-        raise UserError(f"{path} holds codes of {theirs}, not of this {codec.name}: give theirs")
+        advice = f"give --ckpt of a separator on {theirs}, or to decode, their --codec"
+        raise UserError(f"{path} holds codes of {theirs}, not of this {codec.name}: {advice}")
     largest = int(file.codes.max())
     if largest >= codec.network.codebook_size:
         raise UserError(

@@ -207,7 +207,7 @@ class Codec:
         if correlation < 0.3:
             warnings.warn(
                 f"codec {self.name or 'given'}: its output barely resembles its input (correlation "
-                f"{correlation:.2f}), so no lag was measured or removed",
+                f"{correlation:.2f}), so no lag was measured or removed; is its RVQ trained?",
                 stacklevel=2,
             )
             return 0
@@ -326,6 +326,8 @@ def load_file(path) -> tuple[nn.Module, dict]:
         names = ", ".join(CODECS)
         raise UserError(f"no codec {path}: give --codec one of {names}, or a weights file")
     content = load_tensors(path)
+    if isinstance(content, dict) and "separator" in content:
+        raise UserError(f"{path} holds a separator, no codec: give --codec weights of one")
     try:
         weights = content["state_dict"]
         kwargs = content["metadata"]["kwargs"]

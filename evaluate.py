@@ -31,6 +31,7 @@ import signal
 import string
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -285,7 +286,11 @@ def score_dataset(dataset, models: dict, codec: Codec, situations: bool, out: Pa
                     last = list(rows.values())[-1]
                     write_estimates(out, item["name"], in_order(last, item["sources"]), codec)
             for name, task in tasks:
-                scored = {"mixture": name, "rows": task.result()}
+                try:
+                    scored = {"mixture": name, "rows": task.result()}
+                except BrokenProcessPool:
+                    reason = "perhaps for want of memory"
+                    raise UserError(f"a process that scores was killed, {reason}: score again")
                 scores.append(scored)
                 line = json.dumps(without_nan(scored))
                 print(line, file=file)

@@ -10,6 +10,8 @@ Nothing in here is about speech; a first reading can leave it out.
 """
 
 import argparse
+import errno
+import fcntl
 import math
 import multiprocessing
 import os
@@ -71,7 +73,7 @@ def run_program(main) -> None:
         status = 130
         message = str(interrupt) or "stopped; what was finished is kept"
     except OSError as error:
-        if error.filename is not None:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC) or error.filename is not None:
             raise
         # What was printed can't be written: to a full disk, or to `| head`.
         status = 1
@@ -292,6 +294,24 @@ def new_folder(path):
             folder.rename(path)
 
 
+def lock(path):
+    """Opens a file to append to, and keeps it from other programs that lock it while it is open.
+
+    Raises UserError if one of them has it open.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"a run is going on in {path.parent}: choose another --out"
+            raise UserError(message) from None
+        except OSError:  # a file system without locks
+            pass
+    return file
+
+
 def save_tensors(content: dict, path) -> None:
     """Writes a dictionary of tensors, numbers and strings, whole or not. Raises UserError."""
     try:
@@ -310,6 +330,8 @@ def load_tensors(path, device="cpu") -> dict:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no file {path}: check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give a file in it, such as best.pt") from None
     except Exception:  # torch.load raises half a dozen types on what is no file of tensors
         what = "is damaged, or holds other things than weights"
         raise UserError(f"{path} {what}: fetch or make it anew") from None

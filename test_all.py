@@ -1352,14 +1352,20 @@ def test_a_resumed_run_keeps_its_settings_but_those_that_may_change():
 
 def test_two_runs_never_write_to_one_folder():
     begin("run", epochs=1)
-    with open("run/settings.json") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as a run that is going on does
-        for again in (begin, go_on):
-            with refused("a run is going on in run: choose another --out"):
-                again("run", epochs=2)
+    Path("new").mkdir()
+    for folder, again in (("run", go_on), ("new", begin)):
+        with open(f"{folder}/settings.json", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # as a run that is going on does
+            with refused(f"a run is going on in {folder}: choose another --out"):
+                again(folder, epochs=2)
     os.remove("run/settings.json")
     with refused("holds a run: --resume it, or choose another --out"):
         begin("run")
+    os.remove("run/last.pt")
+    with refused("holds weights: start from them by --init"):
+        begin("run")
+    with refused("run/last.pt is gone: start from run/best.pt by --init"):
+        go_on("run")
 
 
 def test_a_run_does_not_go_on_with_fewer_mixtures(speech):
@@ -1837,6 +1843,8 @@ def test_mistakes_are_one_line(trained, mistake):
         ("train --epoch_size 4", "4 mixtures an epoch make no update"),
         ("train --model sepformer --n_layers 1 --loss embedding", "sepformer has no latents"),
         ("evaluate --ckpt none.pt", "no file none.pt"),
+        ("evaluate --ckpt renamed", "renamed is a folder: give a file in it, such as best.pt"),
+        (f"evaluate --codec {best}", "holds a separator, no codec"),
         ("evaluate --ckpt a b", "compared with --situations"),
         ("evaluate --n_codebooks 13", "13 codebooks asked for, transform has 1 to 12"),
         (f"evaluate --out {trained}", "is there already"),

@@ -22,7 +22,6 @@ What is unusual:
   that easy mixtures don't drown the others.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -53,6 +52,7 @@ from program import (
     choose_threads,
     git_revision,
     locate,
+    lock,
     number,
     run_program,
     save_tensors,
@@ -182,6 +182,8 @@ def train(given: dict, resume: bool) -> None:
         seed=1,
         **common,
     )
+    if rank == 0 and Path(settings.data).resolve() == Path(settings.valid).resolve():
+        tqdm.write("note: --valid is --data: scores are of what it was trained on", file=sys.stderr)
     for dataset in (mixtures, valid_mixtures):
         if dataset.n_speakers != settings.n_speakers:
             raise UserError(f"{dataset.found}, not {settings.n_speakers}: see --n_speakers")
@@ -276,7 +278,7 @@ def train(given: dict, resume: bool) -> None:
         }
 
     if rank == 0:
-        lock = begin_folder(out, state(), resume)
+        running = begin_folder(out, state(), resume)
         n_parameters = sum(p.numel() for p in model.parameters())
         print(mixtures.found, valid_mixtures.found, sep="\n")
         print(
@@ -367,7 +369,7 @@ def train(given: dict, resume: bool) -> None:
 
     bar.close()
     if rank == 0:
-        lock.close()
+        running.close()
     if world > 1:
         dist.destroy_process_group()
     if skipped == done:
@@ -532,6 +534,8 @@ def join_processes() -> tuple[int, int, torch.device]:
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device()
+    if world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError("WORLD_SIZE is set, but not by torchrun: start by torchrun, or unset it")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -600,27 +604,22 @@ def begin_folder(out: Path, state: dict, resume: bool):
     Returns a file that is locked as long as it is open. Raises UserError if a run is going on in
     the folder, or if a new one would write over another's weights.
     """
+    if not resume and (out / "last.pt").exists():
+        raise UserError(f"{out} holds a run: --resume it, or choose another --out")
+    if not resume and (out / "best.pt").exists():
+        raise UserError(f"{out} holds weights: start from them by --init, with another --out")
+    file = lock(out / "settings.json")
     with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / "settings.json", "a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"a run is going on in {out}: choose another --out") from None
-        except OSError:  # a file system without locks
-            pass
-        if not resume and any(out.glob("*.pt")):
-            raise UserError(f"{out} holds a run: --resume it, or choose another --out")
-        lock.truncate(0)
-        json.dump(state["settings"], lock, indent=1)
-        lock.flush()
+        file.truncate(0)
+        json.dump(state["settings"], file, indent=1)
+        file.flush()
         for name, columns in COLUMNS.items():
             rows = read_rows(out / name, columns, state["training"]["done"]) if resume else []
             with whole_file(out / name) as partial, open(partial, "w") as log:
                 for row in [columns, *rows]:
                     print(*row, sep=",", file=log)
     save_tensors(state, out / "last.pt")
-    return lock
+    return file
 
 
 def read_rows(path: Path, columns: list[str], done: float = math.inf) -> list[list[str]]:
@@ -683,6 +682,8 @@ def load_last(out: Path) -> dict:
     """The checkpoint to go on from."""
     path = out / "last.pt"
     if not path.exists():
+        if (out / "best.pt").exists():
+            raise UserError(f"{path} is gone: start from {out}/best.pt by --init, as another --out")
         raise UserError(f"{out} holds no run to resume: check --out, or leave out --resume")
     checkpoint = load_checkpoint(path)
     if "training" not in checkpoint:
@@ -698,6 +699,8 @@ def resumed(saved: dict, given: dict) -> dict:
             raise UserError(
                 f"--{name} was {had} in this run: to change it, start from it by --init"
             )
+        if name in ("data", "valid") and value != saved.get(name):
+            tqdm.write(f"note: --{name} was {saved.get(name)} in this run", file=sys.stderr)
     return {**saved, **given}
 
 

@@ -142,6 +142,8 @@ def main() -> None:
     parser.add_argument("--codecs", nargs="+", default=["transform"], help=f"{known}, or files")
     parser.add_argument("--out", type=Path, default=Path("results/codecs"), help="folder")
     args = parser.parse_args()
+    if (args.out / "codec_scores.json").exists():
+        parser.error(f"{args.out} holds scores: choose another --out")
     choose_threads(workers=0)
     device = choose_device()
     codecs = {name: Codec.load(name, RATE, device) for name in args.codecs}

@@ -70,8 +70,8 @@ def encode(path: Path, name: str, n_codebooks: int | None) -> Path:
 @torch.no_grad()
 def decode(path: Path, name: str | None) -> Path:
     """Writes the waveform of a file of codes, at the level of the recording that was encoded."""
-    target = beside(path, ".wav")
     file = read_codes(path)
+    target = beside(path, ".wav")
     if not file.codec:
         raise UserError(f"{path} is an official file: decode it by python -m dac decode")
     codec = load_codec(name or file.codec["name"], file.sample_rate)

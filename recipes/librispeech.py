@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument(
         "--librispeech",
         required=True,
-        help="train-clean-100, or a folder of some of its utterances",
+        help="train-clean-100, or a folder of utterances of all its speakers",
     )
     parser.add_argument("--out", required=True, help="new folder")
     parser.add_argument("--sample_rate", type=whole(1000, 192000), default=8000, help="Hz")

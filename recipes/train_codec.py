@@ -47,6 +47,7 @@ from program import (
     choose_precision,
     first_line,
     load_tensors,
+    lock,
     number,
     run_program,
     save_tensors,
@@ -482,7 +483,8 @@ def main() -> None:
         parser.error(f"{args.out} holds no run to resume")
     if begun and not args.resume:
         parser.error(f"{args.out} holds a run: add --resume")
-    train(**vars(args))
+    with lock(args.out / "log.csv"):
+        train(**vars(args))
 
 
 if __name__ == "__main__":

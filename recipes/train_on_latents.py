@@ -29,15 +29,17 @@ from scipy.signal import lfilter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from checkpoint import build_model, load_checkpoint
+from checkpoint import build_model, check_codec, load_checkpoint
 from dac_wrapper import Codec
 from data import Recordings, list_speakers, open_mixtures, resample
 from losses import pairwise_latent_error, pit
 from program import (
     Parser,
+    UserError,
     choose_device,
     choose_threads,
     git_revision,
+    lock,
     number,
     run_program,
     save_tensors,
@@ -83,11 +85,19 @@ def train(
     if init:
         model.load_state_dict(load_checkpoint(init)["model"])
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
+    settings = dict(
+        data=data, valid=valid, steps=steps, batch_size=batch_size, lr=lr, hours=hours,
+        init=init, seed=seed, seconds=SECONDS,
+    )  # fmt: skip
     done = 0  # updates
     best = -math.inf  # validation SI-SDRi, dB
     seconds_before = 0.0
     if resume:
         last = load_checkpoint(out / "last.pt")
+        check_codec(last, out / "last.pt", codec)
+        for name, value in last["settings"].items():
+            if settings[name] != value:
+                raise UserError(f"--{name} was {value} in this run, not {settings[name]}")
         training = last["training"]
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(training["optimizer"])
@@ -133,10 +143,7 @@ def train(
             "codec": {"name": codec_name, "fingerprint": codec.fingerprint},
             "quantize_before": False,
             "quantize_after": False,
-            "settings": dict(
-                data=data, valid=valid, steps=steps, batch_size=batch_size, lr=lr, hours=hours,
-                init=init, seed=seed, seconds=SECONDS,
-            ),
+            "settings": settings,
             "git": git_revision(),
         }  # fmt: skip
         if scored:
@@ -259,7 +266,8 @@ def main() -> None:
         parser.error(f"{args.out} holds no run to resume")
     if begun and not args.resume:
         parser.error(f"{args.out} holds a run: add --resume, or choose another --out")
-    train(**vars(args))
+    with lock(args.out / "log.csv"):
+        train(**vars(args))
 
 
 if __name__ == "__main__":
