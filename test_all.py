@@ -1812,7 +1812,7 @@ def test_flags_of_a_file_are_overridden_by_those_after_it():
     assert train.read_flags([])[0] == train.DEFAULT_SIZES["codecformer"]
 
 
-def test_mistakes_are_one_line(trained, mistake):
+def test_mistakes_are_one_line(trained, mistake, monkeypatch):
     Path("file").touch()
     Path("self.txt").write_text("@self.txt")
     Path("quote.txt").write_text("--data 'speech")
@@ -1859,6 +1859,8 @@ def test_mistakes_are_one_line(trained, mistake):
     ]:
         assert re.search(message, mistake(*line.split())), line
     assert "one of the names is empty" in mistake("separate", "")
+    monkeypatch.setenv("CXX", "no-compiler")
+    assert "needs a C++ compiler" in mistake("train", "--compile", "--out", "compiled")
     left = ["file", "quote.txt", "renamed", "self.txt"]
     assert sorted(path.name for path in Path(".").iterdir()) == left
 

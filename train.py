@@ -25,6 +25,7 @@ What is unusual:
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -159,6 +160,8 @@ def train(given: dict, resume: bool) -> None:
     if start:
         model = start_from(start, settings.model, model, codec).to(device)
     if settings.compile:
+        if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise UserError("--compile needs a C++ compiler: install g++, or set CXX to another")
         model.compile()  # in place: the weights keep their names
     ddp = DistributedDataParallel(model) if world > 1 else model
 
