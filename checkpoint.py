@@ -15,11 +15,13 @@ A checkpoint is a dictionary of plain tensors, numbers and strings:
     training            only in last.pt: the optimizer and all else that resuming needs
 """
 
+from dataclasses import asdict
+
 import torch
 
 from codecformer import Codecformer, CodecformerConfig
 from dac_wrapper import Codec
-from program import UserError, load_tensors
+from program import UserError, git_revision, load_tensors
 from sepformer import Sepformer, SepformerConfig
 
 # What --model knows: a module, built from its frozen config, and that config. The module's
@@ -42,6 +44,28 @@ def build_model(name: str, sizes: dict, n_speakers: int, latent_dim: int) -> tor
         return separator(config(**sizes))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def make_checkpoint(
+    name: str,
+    model: torch.nn.Module,
+    codec: Codec,
+    settings: dict,
+    quantize_before: bool = False,
+    quantize_after: bool = False,
+) -> dict:
+    """A checkpoint of a separator that SEPARATORS knows by `name`, without `training`."""
+    return {
+        "separator": name,
+        "config": asdict(model.config),
+        "model": model.state_dict(),
+        "sample_rate": codec.sample_rate,
+        "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
+        "quantize_before": quantize_before,
+        "quantize_after": quantize_after,
+        "settings": settings,
+        "git": git_revision(),
+    }
 
 
 def load_checkpoint(path) -> dict:
@@ -83,6 +107,14 @@ def check_codec(checkpoint: dict, path, codec: Codec) -> None:
         raise UserError(f"{path} was trained on another {name} than {codec.name}: {advice}")
 
 
+def load_codec(checkpoint: dict, path, device, name: str | None = None) -> Codec:
+    """The codec that a checkpoint names, or the one called `name`. Raises UserError."""
+    try:
+        return Codec.load(name or checkpoint["codec"]["name"], checkpoint["sample_rate"], device)
+    except UserError as error:
+        raise UserError(f"the codec of {path}: {error}") from None
+
+
 def load_separator(path, device, codec_name: str | None = None):
     """The model of a checkpoint, ready for inference, its codec, and the checkpoint itself.
 
@@ -90,10 +122,6 @@ def load_separator(path, device, codec_name: str | None = None):
     not the one that the separator was trained on.
     """
     checkpoint = load_checkpoint(path)
-    try:
-        name = codec_name or checkpoint["codec"]["name"]
-        codec = Codec.load(name, checkpoint["sample_rate"], device)
-    except UserError as error:
-        raise UserError(f"the codec of {path}: {error}") from None
+    codec = load_codec(checkpoint, path, device, codec_name)
     check_codec(checkpoint, path, codec)
     return restore_model(checkpoint, path).to(device), codec, checkpoint

@@ -40,7 +40,7 @@ import soundfile as sf
 import torch
 from tqdm import tqdm
 
-from checkpoint import check_codec, load_checkpoint, restore_model
+from checkpoint import check_codec, load_checkpoint, load_codec, restore_model
 from codecformer import separate
 from dac_wrapper import Codec, measure_lag
 from data import MIX_FOLDERS, open_mixtures, read_audio
@@ -290,7 +290,9 @@ def score_dataset(dataset, models: dict, codec: Codec, situations: bool, out: Pa
                     scored = {"mixture": name, "rows": task.result()}
                 except BrokenProcessPool:
                     reason = "perhaps for want of memory"
-                    raise UserError(f"a process that scores was killed, {reason}: score again")
+                    raise UserError(
+                        f"a process that scores was killed, {reason}: score again"
+                    ) from None
                 scores.append(scored)
                 line = json.dumps(without_nan(scored))
                 print(line, file=file)
@@ -464,7 +466,7 @@ def load_models(checkpoints: dict[str, dict], device) -> dict[str, tuple]:
     return models
 
 
-def load_codec(checkpoints: dict[str, dict], models: dict, name: str | None, device) -> Codec:
+def choose_codec(checkpoints: dict[str, dict], models: dict, name: str | None, device) -> Codec:
     """The codec of the checkpoints on latents, which must all be of one.
 
     A separator on waveforms works behind any codec; if there are only such, the first one's.
@@ -472,8 +474,8 @@ def load_codec(checkpoints: dict[str, dict], models: dict, name: str | None, dev
     on_latents = [
         path for path, (model, *_) in zip(checkpoints, models.values()) if model.on_latents
     ]
-    first = checkpoints[(on_latents or list(checkpoints))[0]]
-    codec = Codec.load(name or first["codec"]["name"], first["sample_rate"], device)
+    first = (on_latents or list(checkpoints))[0]
+    codec = load_codec(checkpoints[first], first, device, name)
     for path in on_latents:
         check_codec(checkpoints[path], path, codec)
     return codec
@@ -494,7 +496,7 @@ def evaluate(args) -> None:
     choose_threads(workers=0)
     checkpoints = {path: load_checkpoint(path) for path in args.ckpt}
     models = load_models(checkpoints, device)
-    codec = load_codec(checkpoints, models, args.codec, device)
+    codec = choose_codec(checkpoints, models, args.codec, device)
     if args.n_codebooks is not None:
         codec.use_codebooks(args.n_codebooks)
     n_speakers = checkpoints[args.ckpt[0]]["config"]["n_speakers"]

@@ -10,6 +10,7 @@ Nothing in here is about speech; a first reading can leave it out.
 """
 
 import argparse
+import csv
 import errno
 import fcntl
 import math
@@ -310,6 +311,30 @@ def lock(path):
         except OSError:  # a file system without locks
             pass
     return file
+
+
+def lock_run(parser: Parser, out: Path, resume: bool):
+    """The folder of a recipe's run, made and locked as long as what is returned is open.
+
+    Ends the program if there is no run to resume in it, or one that was not to be resumed.
+    """
+    begun = (out / "last.pt").exists()
+    if resume and not begun:
+        parser.error(f"{out} holds no run to resume")
+    if begun and not resume:
+        parser.error(f"{out} holds a run: add --resume, or choose another --out")
+    return lock(out / "log.csv")
+
+
+def report(path: Path, row: dict) -> None:
+    """Prints a row of numbers by name, and appends it to a table."""
+    tqdm.write(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    sys.stdout.flush()
+    with writing(path), open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def save_tensors(content: dict, path) -> None:

@@ -39,7 +39,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import SEPARATORS, build_model, check_codec, load_checkpoint, restore_model
+from checkpoint import (
+    SEPARATORS,
+    build_model,
+    check_codec,
+    load_checkpoint,
+    make_checkpoint,
+    restore_model,
+)
 from codecformer import estimate_latents, separate
 from dac_wrapper import CODECS, Codec
 from data import MIX_FOLDERS, Replaced, open_mixtures
@@ -51,7 +58,6 @@ from program import (
     choose_device,
     choose_precision,
     choose_threads,
-    git_revision,
     locate,
     lock,
     number,
@@ -256,16 +262,16 @@ def train(given: dict, resume: bool) -> None:
 
     def state() -> dict:
         """What a checkpoint holds of the run."""
+        without_training = make_checkpoint(
+            settings.model,
+            model,
+            codec,
+            {**asdict(settings), **sizes},
+            settings.quantize_before,
+            settings.quantize_after,
+        )
         return {
-            "separator": settings.model,
-            "config": asdict(model.config),
-            "model": model.state_dict(),
-            "sample_rate": settings.sample_rate,
-            "codec": {"name": settings.codec, "fingerprint": codec.fingerprint},
-            "quantize_before": settings.quantize_before,
-            "quantize_after": settings.quantize_after,
-            "settings": {**asdict(settings), **sizes},
-            "git": git_revision(),
+            **without_training,
             "training": {
                 "optimizer": optimizer.state_dict(),
                 "plateau": plateau.state_dict(),

@@ -22,7 +22,6 @@ https://arxiv.org/abs/1910.09804.
 """
 
 import copy
-import csv
 import itertools
 import math
 import time
@@ -47,12 +46,12 @@ from program import (
     choose_precision,
     first_line,
     load_tensors,
-    lock,
+    lock_run,
     number,
+    report,
     run_program,
     save_tensors,
     whole,
-    writing,
 )
 from recipes.codec_scores import METRICS, read_signals
 from soundstream import (
@@ -130,8 +129,6 @@ def train(
     spent = 0.0  # minutes, before the run was resumed
     if resume:
         step, spent = load_last(out / "last.pt", network, optimizer)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     precision = choose_precision(device, "bf16" if bf16 else "auto")
     # With float16 the loss would have to be scaled: float32 then.
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
@@ -160,7 +157,9 @@ def train(
                 name: float(total) / seen if seen else math.nan for name, total in totals.items()
             }
             scores = validate(network, utterances, quantize=False)
-            report(out / "log.csv", {"step": step, "minutes": total_minutes, **means, **scores})
+            report_rounded(
+                out / "log.csv", {"step": step, "minutes": total_minutes, **means, **scores}
+            )
             totals = dict.fromkeys(totals, 0.0)
             seen = 0
             saved = time.monotonic()
@@ -439,14 +438,8 @@ def validate(network: SoundStream, utterances: list[torch.Tensor], quantize: boo
     return means
 
 
-def report(path: Path, row: dict) -> None:
-    """Prints a row of scores and appends it to a table."""
-    print(*(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-    with writing(path), open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow({name: round(value, 4) for name, value in row.items()})
+def report_rounded(path: Path, row: dict) -> None:
+    report(path, {name: round(value, 4) for name, value in row.items()})
 
 
 def main() -> None:
@@ -478,12 +471,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     args = parser.parse_args()
-    begun = (args.out / "last.pt").exists()
-    if args.resume and not begun:
-        parser.error(f"{args.out} holds no run to resume")
-    if begun and not args.resume:
-        parser.error(f"{args.out} holds a run: add --resume")
-    with lock(args.out / "log.csv"):
+    with lock_run(parser, args.out, args.resume):
         train(**vars(args))
 
 

@@ -17,10 +17,8 @@ The loss is the one between latents. Attention is computed in plain matrix produ
 one is twice as slow on CPUs in bfloat16.
 """
 
-import csv
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,7 @@ from scipy.signal import lfilter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from checkpoint import build_model, check_codec, load_checkpoint
+from checkpoint import build_model, check_codec, load_checkpoint, make_checkpoint
 from dac_wrapper import Codec
 from data import Recordings, list_speakers, open_mixtures, resample
 from losses import pairwise_latent_error, pit
@@ -38,13 +36,12 @@ from program import (
     UserError,
     choose_device,
     choose_threads,
-    git_revision,
-    lock,
+    lock_run,
     number,
+    report,
     run_program,
     save_tensors,
     whole,
-    writing,
 )
 from train import cosine_rate, save_best, validate
 
@@ -83,7 +80,9 @@ def train(
     torch.manual_seed(seed)
     model = build_model("codecformer", SIZES, 2, codec.latent_dim).to(device)
     if init:
-        model.load_state_dict(load_checkpoint(init)["model"])
+        start = load_checkpoint(init)
+        check_codec(start, init, codec)
+        model.load_state_dict(start["model"])
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     settings = dict(
         data=data, valid=valid, steps=steps, batch_size=batch_size, lr=lr, hours=hours,
@@ -105,8 +104,6 @@ def train(
         best = training["best"]
         seconds_before = training["seconds"]
     speech = LatentSpeech(data, codec, hours, seed)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
 
     began = time.monotonic()
     rvq = (False, False)  # no RVQ before or after the separator
@@ -135,17 +132,7 @@ def train(
         if scored:
             si_sdr_i = validate(model, codec, valid_mixtures, rvq, 0, 1, set())
         seconds = seconds_before + time.monotonic() - began
-        state = {
-            "separator": "codecformer",
-            "config": asdict(model.config),
-            "model": model.state_dict(),
-            "sample_rate": RATE,
-            "codec": {"name": codec_name, "fingerprint": codec.fingerprint},
-            "quantize_before": False,
-            "quantize_after": False,
-            "settings": settings,
-            "git": git_revision(),
-        }  # fmt: skip
+        state = make_checkpoint("codecformer", model, codec, settings)
         if scored:
             if si_sdr_i > best:
                 best = si_sdr_i
@@ -229,16 +216,6 @@ def encode(codec: Codec, recordings: Recordings, path, rng) -> torch.Tensor:
     return latents[0].T.half().cpu()
 
 
-def report(path: Path, row: dict) -> None:
-    """Prints a row and appends it to a table."""
-    tqdm.write(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    with writing(path), open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main() -> None:
     parser = Parser(description="Trains a separator on latents that are made once.")
     parser.add_argument(
@@ -261,12 +238,7 @@ def main() -> None:
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     args = parser.parse_args()
-    begun = (args.out / "last.pt").exists()
-    if args.resume and not begun:
-        parser.error(f"{args.out} holds no run to resume")
-    if begun and not args.resume:
-        parser.error(f"{args.out} holds a run: add --resume, or choose another --out")
-    with lock(args.out / "log.csv"):
+    with lock_run(parser, args.out, args.resume):
         train(**vars(args))
 
 

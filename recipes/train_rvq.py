@@ -46,7 +46,7 @@ from recipes.train_codec import (
     LogMel,
     learning_rate,
     read_utterances,
-    report,
+    report_rounded,
     validate,
 )
 from soundstream import ResidualUnit, SoundStream, nearest, on_frames, save_soundstream
@@ -108,7 +108,7 @@ def train(
         if spent >= minutes or time.monotonic() - saved > 60 * every:
             save_soundstream(network, out / "codec.pth", half=True)
             scores = validate(network, utterances, quantize=True)
-            report(out / "log.csv", {"step": step, "minutes": spent, **scores})
+            report_rounded(out / "log.csv", {"step": step, "minutes": spent, **scores})
             saved = time.monotonic()
         if spent >= minutes:
             return
