@@ -1151,6 +1151,43 @@ def test_librispeech_speakers_set_apart_are_never_trained_on(tmp_path):
         librispeech.build(tmp_path / "in", tmp_path / "again")
 
 
+def test_common_voice_becomes_a_folder_of_speakers_without_its_noisy_clips(tmp_path):
+    corpus = tmp_path / "corpus" / "ta"
+    (corpus / "clips").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rate = 32000
+    rows = ["path\tclient_id"]
+    for name, speaker, floor, seconds in (
+        ("a1", "a" * 128, 1e-4, 2),
+        ("a2", "a" * 128, 1e-4, 2),
+        ("a3", "a" * 128, 1e-4, 2),  # beyond the seconds asked for
+        ("b1", "b" * 128, 0.2, 2),  # noisy, 17 dB below 4 kHz
+        ("b2", "b" * 128, 1e-4, 2),
+        ("c1", "c" * 128, 0.2, 2),
+        ("d1", "d" * 128, 1e-4, 0.2),  # short
+    ):
+        time = np.arange(round(rate * seconds)) / rate
+        voice = np.sin(2 * np.pi * 300 * time) * (time % 0.5 < 0.4)
+        voice[rate:] *= time[rate:] < 1.5  # half a second of silence at the end
+        noise = rng.normal(0, floor, len(time))
+        sf.write(corpus / "clips" / f"{name}.mp3", 0.5 * (voice + noise), rate)
+        rows.append(f"{name}.mp3\t{speaker}")
+    (corpus / "validated.tsv").write_text("\n".join(rows))
+    recipe = import_module("recipes.common_voice")
+    assert recipe.build([corpus], tmp_path / "out", n_speakers=9, seconds=2.5) == 2
+    speakers = list_speakers(tmp_path / "out", Recordings())
+    names = {speaker: [path.name for path in files] for speaker, files in speakers.items()}
+    assert names == {"ta_" + "a" * 12: ["a1.flac", "a2.flac"], "ta_" + "b" * 12: ["b2.flac"]}
+    audio, rate = read_audio(speakers["ta_" + "b" * 12][0])
+    assert rate == 8000 and len(audio) / rate == pytest.approx(1.45, abs=0.1)
+    (corpus / "clips" / "a1.mp3").unlink()
+    with refused("can't read .*a1.mp3 .*no such file"):
+        recipe.build([corpus], tmp_path / "again", n_speakers=9, seconds=2.5)
+    assert not (tmp_path / "again").exists()
+    with refused("no file .*validated.tsv"):
+        recipe.build([tmp_path], tmp_path / "again", n_speakers=9, seconds=2.5)
+
+
 def test_debian_voices_of_one_kind_never_come_in_two_splits():
     testing = {voice.split("_")[1] for voice in VOICES if voice.startswith("ktuberling")}
     readers = {voice.split("_")[1] for voice in MORE_VOICES if voice.startswith("klettres")}
