@@ -2520,7 +2520,13 @@ def test_costs_are_counted_and_timed_as_they_are():
 def test_curves_of_runs_are_drawn(trained, call, mistake):
     call("recipes.curves", trained, "--out", "curves.png")
     assert Path("curves.png").stat().st_size > 5000
-    assert "no file steps.csv: give folders of train.py" in mistake("recipes.curves", ".")
+    Path("latents").mkdir()
+    rows = ["step,loss,valid_si_sdr_i,lr,seconds", "2,-1,0.5,1e-3,4", "4,-2,0.7,1e-4,8", "6,-"]
+    Path("latents", "log.csv").write_text("\n".join(rows))  # as if recipes.train_on_latents goes on
+    call("recipes.curves", "latents", trained, "--out", "both.png")
+    assert "no file log.csv: give folders of runs" in mistake("recipes.curves", ".")
+    Path("log.csv").write_text("step,minutes,pesq\n0,0,1\n")
+    assert "can't draw" in mistake("recipes.curves", ".")
     assert "can't draw" in mistake("recipes.curves", trained, "--out", "curves.xyz")
 
 

@@ -1,9 +1,10 @@
-"""Draws the training loss and the validation SI-SDRi of runs of train.py in one picture.
+"""Draws the training loss and the validation SI-SDRi of runs in one picture.
 
     python -m recipes.curves runs/a runs/b --out curves.png
 
-A run may still be going on: its rows so far are drawn. Losses are smoothed by a mean over a
-hundredth of the run, and compare only where they are of one kind.
+Runs are folders of train.py or recipes.train_on_latents. One may still be going on: its rows so far
+are drawn. Losses are smoothed by a mean over a hundredth of the run, and compare only where they
+are of one kind.
 """
 
 from pathlib import Path
@@ -12,11 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from program import Parser, UserError, run_program
-from train import COLUMNS, read_rows
+from train import read_rows
 
 
 def draw(folders: dict, out) -> None:
-    """Draws steps.csv and log.csv of runs into a picture.
+    """Draws the logs of runs into a picture.
 
     folders: {label: folder of a run}. Raises UserError where a run can't be read or drawn.
     """
@@ -25,8 +26,10 @@ def draw(folders: dict, out) -> None:
     trained = []  # validations after the first epoch of each run
     try:
         for label, folder in folders.items():
-            steps = read_table(folder, "steps.csv")
-            epochs = read_table(folder, "log.csv")
+            epochs = read_table(Path(folder, "log.csv"))
+            steps = epochs  # where nothing is logged between validations
+            if Path(folder, "steps.csv").exists():
+                steps = read_table(Path(folder, "steps.csv"))
             n_steps = len(steps["step"])
             if n_steps:
                 window = max(n_steps // 100, 1)
@@ -42,26 +45,25 @@ def draw(folders: dict, out) -> None:
             # Where a run begins, at -15 dB perhaps, would squeeze all the rest.
             right.set_ylim(bottom=min(trained) - 0.5)
         figure.savefig(out, dpi=80)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         runs = ", ".join(map(str, folders.values()))
         raise UserError(
-            f"can't draw {out} of {runs} ({error}): give folders of train.py, a .png"
+            f"can't draw {out} of {runs} ({error}): give folders of runs, a .png"
         ) from None
 
 
-def read_table(folder, name: str) -> dict[str, np.ndarray]:
-    """The columns of steps.csv or log.csv. Raises UserError if the run has no such file."""
-    path = Path(folder) / name
+def read_table(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a log. Raises UserError if the run has no such file."""
     if not path.exists():
-        raise UserError(f"no file {path}: give folders of train.py")
-    rows = read_rows(path, COLUMNS[name])
-    values = np.array(rows, dtype=float).reshape(-1, len(COLUMNS[name]))
-    return dict(zip(COLUMNS[name], values.T))
+        raise UserError(f"no file {path}: give folders of runs")
+    header = path.read_text(errors="replace").split("\n")[0].split(",")
+    values = np.array(read_rows(path, header), dtype=float).reshape(-1, len(header))
+    return dict(zip(header, values.T))
 
 
 def main() -> None:
     parser = Parser(description="Draws the curves of runs.")
-    parser.add_argument("runs", nargs="+", help="folders of train.py")
+    parser.add_argument("runs", nargs="+", help="their folders")
     parser.add_argument("--out", default="curves.png", help="picture to write")
     args = parser.parse_args()
     draw({run: run for run in args.runs}, args.out)
