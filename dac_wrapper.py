@@ -45,7 +45,6 @@ from torch import nn
 from lyra import load_lyra
 from program import ASSETS, UserError, download, first_line, load_tensors
 from soundstream import restore_soundstream
-from transform_codec import TransformCodec
 
 # RMS at which a codec is fed: loud enough for DAC, and peaks are far from its final tanh.
 LEVEL = 10 ** (-25 / 20)
@@ -291,28 +290,15 @@ class DAC(nn.Module):
         self.codebook_size = int(model.codebook_size)
 
     def quantize(self, latents: torch.Tensor, n_codebooks: int):
-        return dac_quantize(self.quantizer, latents, n_codebooks)
+        """The gradient is DAC's own: straight through each codebook, not around its projections."""
+        quantised, codes, *_ = self.quantizer(latents, n_codebooks)
+        # What a receiver makes of the codes; the RVQ's own sum is rounded differently in the last
+        # bit.
+        received = self.dequantize(codes)
+        return received.detach() + (quantised - quantised.detach()), codes
 
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         return self.quantizer.from_codes(codes)[0]
-
-
-def dac_quantize(quantizer: nn.Module, latents: torch.Tensor, n_codebooks: int):
-    """DAC's RVQ: latents [B, D, F] -> the same quantised, and codes [B, n, F].
-
-    The gradient is DAC's own, straight through each codebook but not around its projections.
-    """
-    quantised, codes, *_ = quantizer(latents, n_codebooks)
-    # What a receiver makes of the codes; the RVQ's own sum is rounded differently in the last bit.
-    received = quantizer.from_codes(codes)[0]
-    return received.detach() + (quantised - quantised.detach()), codes
-
-
-class Transform(TransformCodec):
-    """The transform with DAC's RVQ."""
-
-    quantize = DAC.quantize
-    dequantize = DAC.dequantize
 
 
 def load_file(path) -> tuple[nn.Module, dict]:
@@ -350,16 +336,6 @@ def load_official(release: str, name: str) -> tuple[nn.Module, dict]:
     return load_file(CACHE / name)
 
 
-def load_transform() -> tuple[nn.Module, dict]:
-    """The transform with the bundled codebooks. Raises UserError if they are missing."""
-    weights = load_tensors(ASSETS / "transform_codebooks.pth")
-    rvq = import_dac().nn.quantize.ResidualVectorQuantize
-    sizes = (TransformCodec.latent_dim, TransformCodec.n_codebooks, TransformCodec.codebook_size)
-    quantizer = fold_weight_norm(rvq(*sizes, codebook_dim=8))
-    quantizer.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return Transform(quantizer), weights
-
-
 def load_bundled() -> tuple[nn.Module, dict]:
     """The small SoundStream of recipes/train_codec.py."""
     return load_file(ASSETS / "codec.pth")
@@ -381,7 +357,6 @@ def load_dac_44khz() -> tuple[nn.Module, dict]:
 # of tensors, the same every time.
 CODECS = {
     "bundled": load_bundled,
-    "transform": load_transform,
     "lyra": load_lyra,
     "dac_16khz": load_dac_16khz,
     "dac_24khz": load_dac_24khz,

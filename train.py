@@ -88,7 +88,7 @@ class Settings:
     valid_size: int | None = setting(40, "validation mixtures, at most a fixed set's", whole(1))
     workers: int = setting(1, "processes that make mixtures", whole(0, 64))
     # codec and separator; the separator's own sizes are flags too
-    codec: str = setting("transform", f"{', '.join(CODECS)}, or a weights file")
+    codec: str = setting("bundled", f"{', '.join(CODECS)}, or a weights file")
     quantize_before: bool = setting(False, "the separator sees quantised latents")
     quantize_after: bool = setting(False, "its estimates are quantised")
     model: str = setting("codecformer", "separator", choices=list(SEPARATORS))
@@ -109,7 +109,7 @@ class Settings:
     batch_size: int = setting(8, "mixtures a process and forward pass", whole(1))
     accumulate: int = setting(1, "forward passes an update", whole(1))
     clip: float = setting(5.0, "largest norm of the gradient", number(1e-12))
-    epochs: int = setting(5, "until the run ends", whole(1))
+    epochs: int = setting(6, "until the run ends", whole(1))
     precision: str = setting("auto", "of the separator", choices=["auto", "fp32", "bf16", "fp16"])
     seed: int = setting(0, "of weights and mixtures", whole(0, 2**32 - 1))
     # run
@@ -122,11 +122,11 @@ class Settings:
         self.speeds = list(self.speeds)
 
 
-# The separator of `python train.py`: 2.3 million parameters. Without a config file these are the
+# The separator of `python train.py`: 2.5 million parameters. Without a config file these are the
 # defaults of its sizes; any other separator starts from the defaults of its own config.
 DEFAULT_SIZES = {
     "codecformer": dict(
-        features="log_power",
+        features="both",
         context=5,
         d_model=160,
         n_layers=5,

@@ -245,7 +245,7 @@ def format_score(score: dict) -> str:
 
 def main() -> None:
     parser = Parser(description="Trains and scores separators, one for each of the paper's claims.")
-    parser.add_argument("--codec", default="transform", help="of all: a name or a weights file")
+    parser.add_argument("--codec", default="bundled", help="of all: a name or a weights file")
     parser.add_argument("--data", required=True, help="folder of speakers to train on")
     parser.add_argument("--valid", required=True, help="of other speakers, to choose epochs by")
     parser.add_argument("--score", required=True, help="of yet others, to score on")

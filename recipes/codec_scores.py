@@ -1,6 +1,6 @@
 """What codecs make of speech: SI-SDR, PESQ and STOI at each rate, and Opus where it is installed.
 
-    python -m recipes.codec_scores --data libri/test --codecs transform lyra --out results/codecs
+    python -m recipes.codec_scores --data libri/test --codecs bundled lyra --out results/codecs
     python -m recipes.codec_scores --data set --codecs runs/codec/codec.pth --out results/mixtures
 
 Of a folder of speakers one utterance each is coded, of a fixed set of two speakers the mixtures:
@@ -139,7 +139,7 @@ def main() -> None:
     parser = Parser(description="Scores codecs on single voices or mixtures.")
     parser.add_argument("--data", required=True, help="folder of speakers, or fixed set")
     known = ", ".join(CODECS)
-    parser.add_argument("--codecs", nargs="+", default=["transform"], help=f"{known}, or files")
+    parser.add_argument("--codecs", nargs="+", default=["bundled"], help=f"{known}, or files")
     parser.add_argument("--out", type=Path, default=Path("results/codecs"), help="folder")
     args = parser.parse_args()
     if (args.out / "codec_scores.json").exists():

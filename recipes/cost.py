@@ -64,7 +64,6 @@ CODECFORMERS = {  # flags of train.py
     "codecformer_dac_16khz": PAPER,
     "codecformer_lyra": LYRA,
     "codecformer_small_bundled": ["--codec", "bundled"],
-    "codecformer_small_transform": ["--codec", "transform"],
 }
 # Codecs behind whose latents and codes Sepformer is put, too.
 BEHIND = ("codecformer_dac_16khz", "codecformer_small_bundled")
@@ -85,7 +84,6 @@ RATIOS = {  # Sepformer's cost over Codecformer's
     "wav_to_wav_dac_16khz": ("sepformer/wav_to_wav", "codecformer_dac_16khz/wav_to_wav"),
     "wav_to_wav_lyra": ("sepformer/wav_to_wav", "codecformer_lyra/wav_to_wav"),
     "wav_to_wav_bundled": ("sepformer/wav_to_wav", "codecformer_small_bundled/wav_to_wav"),
-    "wav_to_wav_transform": ("sepformer/wav_to_wav", "codecformer_small_transform/wav_to_wav"),
 }
 STEPS = {  # ways to train: flags of train.py; an update at batch 1 and 4 s of the bundled speech
     "sepformer": SEPFORMER,

@@ -63,7 +63,6 @@ from soundstream import (
     Upsample,
     save_soundstream,
 )
-from transform_codec import lapped_transform
 
 RATE = 8000  # Hz
 SHAPE = SoundStreamConfig(
@@ -308,6 +307,19 @@ def distance_loss(latents: torch.Tensor, wav: torch.Tensor, frames: torch.Tensor
 
 
 # The network as it starts and as it is saved ------------------------------------------------------
+
+
+def lapped_transform(size: int) -> torch.Tensor:
+    """Rows of `size` cosines, then `size` sines, under sine windows of two frames of samples.
+
+    [2 * size, 2 * size], a tight frame: an analysis whose transpose is the synthesis. They are the
+    MDCT and its sine twin (Princen and Bradley, 1986).
+    """
+    time = torch.arange(2 * size, dtype=torch.float64) + 0.5
+    band = torch.arange(size, dtype=torch.float64)[:, None]
+    phase = math.pi / size * (time + size / 2) * (band + 0.5)
+    window = torch.sin(math.pi * time / (2 * size)) / math.sqrt(size)
+    return (torch.cat([phase.cos(), phase.sin()]) * window).float()
 
 
 @torch.no_grad()
