@@ -1214,6 +1214,9 @@ def test_common_voice_becomes_a_folder_of_speakers_without_its_noisy_clips(tmp_p
     with refused("can't read .*a1.mp3 .*no such file"):
         recipe.build([corpus], tmp_path / "again", n_speakers=9, seconds=2.5)
     assert not (tmp_path / "again").exists()
+    (corpus / "validated.tsv").write_text("client_id\tpath\naaaa")
+    with refused("can't read .*clips as audio"):
+        recipe.build([corpus], tmp_path / "again", n_speakers=9, seconds=2.5)
     with refused("no file .*validated.tsv"):
         recipe.build([tmp_path], tmp_path / "again", n_speakers=9, seconds=2.5)
 

@@ -52,7 +52,8 @@ def read_table(corpus: Path) -> dict[str, list[str]]:
         raise DataError(f"no file {path}: give the folder of a language of Common Voice")
     speakers = {}
     with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        # A row that was cut off names no clip: what then can't be read is said.
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE, restval="")
         if not {"client_id", "path"} <= set(reader.fieldnames or ()):
             raise DataError(f"{path} has no columns client_id and path: it isn't Common Voice's")
         for row in reader:

@@ -28,8 +28,9 @@ def draw(folders: dict, out) -> None:
         for label, folder in folders.items():
             epochs = read_table(Path(folder, "log.csv"))
             steps = epochs  # where nothing is logged between validations
-            if Path(folder, "steps.csv").exists():
-                steps = read_table(Path(folder, "steps.csv"))
+            path = Path(folder, "steps.csv")
+            if path.exists():
+                steps = read_table(path)
             n_steps = len(steps["step"])
             if n_steps:
                 window = max(n_steps // 100, 1)
@@ -56,7 +57,8 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
     """The columns of a log. Raises UserError if the run has no such file."""
     if not path.exists():
         raise UserError(f"no file {path}: give folders of runs")
-    header = path.read_text(errors="replace").split("\n")[0].split(",")
+    with open(path, errors="replace") as file:
+        header = file.readline().strip().split(",")
     values = np.array(read_rows(path, header), dtype=float).reshape(-1, len(header))
     return dict(zip(header, values.T))
 
