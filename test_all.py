@@ -2714,10 +2714,10 @@ def test_the_half_that_makes_codes_learns_beside_fixed_latents(train_codec, monk
 @slow
 def test_a_separator_learns_from_latents_and_a_resumed_run_repeats(codec, monkeypatch):
     recipe = import_module("recipes.train_on_latents")
-    monkeypatch.setattr(recipe, "SIZES", {**TINY, "dropout": 0.2})
     monkeypatch.setattr(recipe.Codec, "load", lambda *_: codec)
     run = dict(data=[TALKERS.name], valid=TALKERS.name, codec_name="bundled", steps=6, every=2)
-    run |= dict(batch_size=2, lr=1e-3, hours=0.01, init=None, seed=0)
+    run |= dict(batch_size=2, lr=1e-3, hours=0.01, mixtures=None, init=None, seed=0)
+    run |= dict(sizes={**TINY, "dropout": 0.2})
     monkeypatch.setattr(recipe, "VALID_SIZE", 2)
     recipe.train(out=Path("whole"), resume=False, **run)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -2726,11 +2726,30 @@ def test_a_separator_learns_from_latents_and_a_resumed_run_repeats(codec, monkey
     recipe.train(out=Path("broken"), resume=True, **run)
     assert same_weights("whole", "broken")
     speech = recipe.LatentSpeech([TALKERS.name], codec, 0.01, 0)
-    sources = speech.draw(3, 4)
-    assert sources.shape == (4, 2, 320, 150) and torch.equal(sources, speech.draw(3, 4))
-    assert sources.sum(1).std((1, 2)).sub(1).abs().max() < 1e-3  # as mixtures have it at the codec
+    mixture, sources = speech.draw(3, 4)
+    assert sources.shape == (4, 2, 320, 150) and torch.equal(sources, speech.draw(3, 4)[1])
+    assert torch.equal(mixture, sources.sum(1))
+    assert mixture.std((1, 2)).sub(1).abs().max() < 1e-3  # as mixtures have it at the codec
     levels = 20 * sources.std((2, 3)).log10()
     assert levels.diff().abs().max() < 5.1
+
+
+@slow
+def test_latents_of_whole_mixtures_are_those_that_train_py_sees(codec):
+    recipe = import_module("recipes.train_on_latents")
+    speech = recipe.LatentMixtures([TALKERS.name], codec, 3, 0)
+    assert len(speech.latents) == 3
+    mixture, sources = speech.draw(3, 4)
+    assert mixture.shape == (4, 320, 150) and sources.shape == (4, 2, 320, 150)
+    assert torch.equal(sources, speech.draw(3, 4)[1])
+    dataset = open_mixtures(TALKERS.name, 8000, seconds=6, size=3, speeds=range(80, 125))
+    wav = torch.from_numpy(np.stack([dataset[k]["mixture"] for k in range(3)]))  # [3, T]
+    latents = codec.encode(wav * codec.gain(wav))  # [3, D, F]
+    # Each part of one of them, but for bfloat16.
+    windows = latents.unfold(2, 150, 1)  # [3, D, starts, 150]
+    for part in mixture:
+        errors = (windows - part[:, None]).pow(2).mean((1, 3))  # [3, starts]
+        assert errors.min() < 1e-3 * part.pow(2).mean()
 
 
 # Codes in files -----------------------------------------------------------------------------------

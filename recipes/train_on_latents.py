@@ -5,13 +5,16 @@
     python -m recipes.train_on_latents ... --resume          goes on where the run stopped
     python train.py --init runs/latents/best.pt ...          the losses on waveforms, after it
 
-For codecs whose latents add, as those of recipes/train_codec.py do (to 39 dB): the latents of a
-mixture are taken to be the sum of its sources', so that nothing is encoded or resampled while the
-separator learns. It is validated as in train.py, on waveforms through the whole codec.
+Nothing is encoded or resampled while the separator learns. It is validated as in train.py, on
+waveforms through the whole codec. The latents are held in memory in half precision.
 
---out gets last.pt (to resume from), best.pt and log.csv. The latents are held in memory in half
-precision, 115 MB an hour of speech. Each recording is encoded at several speeds and as if by
-several microphones, as often as it takes for its folder to hold --hours.
+If a codec's latents add, as those of recipes/train_codec.py do (to 39 dB), the latents of a mixture
+are taken to be the sum of its sources', so that few recordings make endless mixtures. Each is
+encoded at several speeds and as if by several microphones, as often as it takes for its folder to
+hold --hours. Latents of other codecs, as Lyra's, don't add: with --mixtures so many are made and
+encoded, and parts of them are drawn again and again.
+
+--out gets last.pt (to resume from), best.pt and log.csv.
 
 The loss is the one between latents. Attention is computed in plain matrix products: torch's fused
 one is twice as slow on CPUs in bfloat16.
@@ -28,12 +31,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from checkpoint import build_model, check_codec, load_checkpoint, make_checkpoint
+from codecformer import CodecformerConfig
 from dac_wrapper import Codec
-from data import Recordings, list_speakers, open_mixtures, resample
+from data import Recordings, Replaced, list_speakers, open_mixtures, resample
 from losses import pairwise_latent_error, pit
 from program import (
     Parser,
     UserError,
+    add_flags,
     choose_device,
     choose_threads,
     lock_run,
@@ -43,7 +48,7 @@ from program import (
     save_tensors,
     whole,
 )
-from train import cosine_rate, save_best, validate
+from train import cosine_rate, save_best, start_from, validate
 
 RATE = 8000  # Hz
 SECONDS = 3.0
@@ -51,6 +56,7 @@ SPEEDS = (80, 125)  # percent, from and to
 MICROPHONE = (0.4, 0.2)  # largest weights of a signal's last two samples that are added to it
 LEVEL_RANGE = 5.0  # dB between the two sources, at most
 PAUSE = (0.05, 0.3)  # seconds, between short recordings
+MIXTURE_SECONDS = 6.0  # of the --mixtures, of which SECONDS are drawn
 VALID_SIZE = 96  # mixtures
 SAVE_EVERY = 500  # updates
 WARMUP = 300  # updates
@@ -68,25 +74,25 @@ def train(
     batch_size: int,
     lr: float,
     hours: float,
+    mixtures: int | None,
     init: str | None,
     seed: int,
     resume: bool,
+    sizes: dict,
 ) -> None:
-    """A whole run; see the flags of `main`. Raises UserError."""
+    """A whole run; see the flags of `main`. sizes: the separator's. Raises UserError."""
     device = choose_device()
     choose_threads(workers=0)
     codec = Codec.load(codec_name, RATE, device)
     valid_mixtures = open_mixtures(valid, RATE, size=VALID_SIZE, seed=1)
     torch.manual_seed(seed)
-    model = build_model("codecformer", SIZES, 2, codec.latent_dim).to(device)
+    model = build_model("codecformer", sizes, 2, codec.latent_dim).to(device)
     if init:
-        start = load_checkpoint(init)
-        check_codec(start, init, codec)
-        model.load_state_dict(start["model"])
+        model = start_from(load_checkpoint(init), "codecformer", model, codec).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     settings = dict(
         data=data, valid=valid, steps=steps, batch_size=batch_size, lr=lr, hours=hours,
-        init=init, seed=seed, seconds=SECONDS,
+        mixtures=mixtures, init=init, seed=seed, seconds=SECONDS, **sizes,
     )  # fmt: skip
     done = 0  # updates
     best = -math.inf  # validation SI-SDRi, dB
@@ -95,15 +101,18 @@ def train(
         last = load_checkpoint(out / "last.pt")
         check_codec(last, out / "last.pt", codec)
         for name, value in last["settings"].items():
-            if settings[name] != value:
-                raise UserError(f"--{name} was {value} in this run, not {settings[name]}")
+            if settings.get(name) != value:
+                raise UserError(f"--{name} was {value} in this run, not {settings.get(name)}")
         training = last["training"]
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(training["optimizer"])
         done = training["done"]
         best = training["best"]
         seconds_before = training["seconds"]
-    speech = LatentSpeech(data, codec, hours, seed)
+    if mixtures:
+        speech = LatentMixtures(data, codec, mixtures, seed)
+    else:
+        speech = LatentSpeech(data, codec, hours, seed)
 
     began = time.monotonic()
     rvq = (False, False)  # no RVQ before or after the separator
@@ -113,8 +122,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(seed + step)  # dropout's: a resumed run repeats
-        sources = speech.draw(step, batch_size).to(device)  # [B, 2, D, F]
-        mixture = sources.sum(1)  # [B, D, F]
+        mixture, sources = speech.draw(step, batch_size)
+        mixture = mixture.to(device)  # [B, D, F]
+        sources = sources.to(device)  # [B, 2, D, F]
         with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             masks = model(mixture)
         estimates = masks.float() * mixture.unsqueeze(1)
@@ -177,8 +187,8 @@ class LatentSpeech:
                 )
             self.folders.append(folder)
 
-    def draw(self, step: int, batch_size: int) -> torch.Tensor:
-        """The sources of a step's mixtures, [B, 2, D, F]; their sums have a deviation of 1."""
+    def draw(self, step: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step's mixtures [B, D, F], of a deviation of 1, and their sources [B, 2, D, F]."""
         rng = np.random.default_rng([self.seed, 1, step])
         sources = torch.zeros(batch_size, 2, self.length, self.dim)
         for pair in sources:
@@ -190,7 +200,8 @@ class LatentSpeech:
             difference = rng.uniform(-LEVEL_RANGE, LEVEL_RANGE)
             pair[0] *= 10 ** (difference / 20)
             pair /= pair.sum(0).std()
-        return sources.transpose(2, 3)
+        sources = sources.transpose(2, 3)
+        return sources.sum(1), sources
 
     def fill(self, rng, source: torch.Tensor, recordings: list[torch.Tensor]) -> None:
         """Part of a long recording or several short ones, with pauses, into a source [F, D]."""
@@ -216,6 +227,42 @@ def encode(codec: Codec, recordings: Recordings, path, rng) -> torch.Tensor:
     return latents[0].T.half().cpu()
 
 
+class LatentMixtures:
+    """Latents of `n` mixtures and of their sources, an equal share of them from each folder."""
+
+    def __init__(self, roots: list, codec: Codec, n: int, seed: int):
+        self.seed = seed
+        self.length = round(SECONDS * codec.frame_rate)
+        self.latents = []  # of each mixture, of it and its sources [3, D, frames]
+        for root in roots:
+            size = max(n // len(roots), 1)
+            options = dict(seconds=MIXTURE_SECONDS, size=size, seed=seed, speeds=range(*SPEEDS))
+            mixtures = Replaced(open_mixtures(root, RATE, **options))
+            for index in tqdm(range(size), f"encoding {root}", unit="mixture"):
+                self.latents.append(encode_mixture(codec, mixtures[index]))
+
+    def draw(self, step: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Parts of a step's mixtures [B, D, F] and of their sources [B, 2, D, F]."""
+        rng = np.random.default_rng([self.seed, 1, step])
+        parts = []
+        for index in rng.integers(len(self.latents), size=batch_size):
+            latents = self.latents[index]
+            start = int(rng.integers(max(latents.shape[-1] - self.length, 0) + 1))
+            parts.append(latents[..., start : start + self.length])
+        parts = torch.stack(parts).float()  # [B, 3, D, F]
+        return parts[:, 0], parts[:, 1:]
+
+
+@torch.no_grad()
+def encode_mixture(codec: Codec, item: dict) -> torch.Tensor:
+    """A mixture and its sources, at the level that train.py feeds them at -> [3, D, frames]."""
+    mixture = torch.from_numpy(item["mixture"])[None].to(codec.device)  # [1, T]
+    sources = torch.from_numpy(item["sources"]).to(codec.device)  # [2, T]
+    wavs = torch.cat([mixture, sources]) * codec.gain(mixture)
+    with torch.autocast(codec.device.type, torch.bfloat16):
+        return codec.encode(wavs).half().cpu()
+
+
 def main() -> None:
     parser = Parser(description="Trains a separator on latents that are made once.")
     parser.add_argument(
@@ -234,12 +281,18 @@ def main() -> None:
     parser.add_argument(
         "--hours", type=number(0, 100), default=16.0, help="of latents of each folder, at least all"
     )
+    parser.add_argument(
+        "--mixtures", type=whole(1), help="for codecs whose latents don't add: to encode so many"
+    )
     parser.add_argument("--init", help="checkpoint whose separator to start from")
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    args = parser.parse_args()
-    with lock_run(parser, args.out, args.resume):
-        train(**vars(args))
+    add_flags(parser, CodecformerConfig, SIZES, leave_out=("n_speakers", "latent_dim"))
+    args = vars(parser.parse_args())
+    names = CodecformerConfig.__dataclass_fields__
+    sizes = SIZES | {name: args.pop(name) for name in names if name in args}
+    with lock_run(parser, args["out"], args["resume"]):
+        train(**args, sizes=sizes)
 
 
 if __name__ == "__main__":
