@@ -100,7 +100,7 @@ def train(
         check_adding(codec, valid_mixtures[0])
     torch.manual_seed(seed)
     model = build_model("codecformer", sizes, 2, codec.latent_dim).to(device)
-    if init:
+    if init and not resume:
         model = start_from(load_checkpoint(init), "codecformer", model, codec).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     settings = dict(
@@ -231,7 +231,8 @@ class LatentSpeech:
                 for _ in range(n_versions):
                     speed = int(rng.choice(SPEEDS))
                     microphone = [1, *rng.uniform(-1, 1, 2) * MICROPHONE]
-                    latents = [encode(codec, recordings, f, speed, microphone) for f in files]
+                    wavs = (record(recordings, f, speed, microphone) for f in files)
+                    latents = [encode(codec, wav)[0] for wav in wavs]
                     versions.append(latents)
                     deviations.extend(z.float().std().item() for z in latents)
                 folder.append(versions)
@@ -267,21 +268,15 @@ class LatentSpeech:
             filled += n + int(rng.integers(*self.pause))
 
 
-@torch.no_grad()
-def encode(
-    codec: Codec, recordings: Recordings, path: Path, speed: int, microphone
-) -> torch.Tensor:
-    """A recording at a speed in percent, by a microphone -> [D, frames] in half precision.
+def record(recordings: Recordings, path: Path, speed: int, microphone: list[float]) -> torch.Tensor:
+    """A recording at a speed in percent, by a microphone -> [1, T].
 
     microphone: the impulse response of what stands for one.
     """
     frames, rate = recordings.headers[path]
     wav = resample(recordings.read(path, 0, frames), rate * speed, RATE * 100)
     wav = lfilter(microphone, [1], wav).astype(np.float32)
-    wav = torch.from_numpy(wav)[None].to(codec.device)
-    with torch.autocast(codec.device.type, torch.bfloat16):
-        latents = codec.encode(wav * codec.gain(wav))
-    return latents[0].half().cpu()
+    return torch.from_numpy(wav)[None]
 
 
 class LatentMixtures:
@@ -312,18 +307,25 @@ class LatentMixtures:
         return parts[:, 0], parts[:, 1:]
 
 
-@torch.no_grad()
 def encode_mixture(codec: Codec, item: dict) -> torch.Tensor:
     """A mixture and its sources, at the level that train.py feeds them at -> [3, D, frames]."""
-    mixture = torch.from_numpy(item["mixture"])[None].to(codec.device)  # [1, T]
-    sources = torch.from_numpy(item["sources"]).to(codec.device)  # [2, T]
-    wavs = torch.cat([mixture, sources]) * codec.gain(mixture)
+    wavs = np.concatenate([item["mixture"][None], item["sources"]])  # [3, T]
+    return encode(codec, torch.from_numpy(wavs))
+
+
+@torch.no_grad()
+def encode(codec: Codec, wavs: torch.Tensor) -> torch.Tensor:
+    """Waveforms [N, T] -> their latents [N, D, frames], in half precision.
+
+    All are given the gain that brings the first to the codec's level.
+    """
+    wavs = wavs.to(codec.device)
     with torch.autocast(codec.device.type, torch.bfloat16):
-        return codec.encode(wavs).half().cpu()
+        return codec.encode(wavs * codec.gain(wavs[:1])).half().cpu()
 
 
 def main() -> None:
-    parser = Parser(description="Trains a separator on latents that are made once.")
+    parser = Parser(description="Trains a separator on latents that are made beforehand.")
     parser.add_argument(
         "--data",
         nargs="+",
