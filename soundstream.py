@@ -13,7 +13,9 @@ What is unusual:
   with a kernel one high run there 1.5 times as fast on CPUs as one-dimensional ones on [B, C, T],
   whose depthwise ones are slow.
 - Between latents and RVQ there can be networks too: latents then may be what separates best, and
-  codes what few bits carry best.
+  codes what few bits carry best. Where there are more latents than samples, many decode alike. The
+  last layer after the RVQ makes of them the one that the encoder makes, since a separator knows no
+  other.
 - The outermost convolutions, whose kernel is a multiple of their stride, see the samples of a
   stride as channels, which is a mere view in that layout: the same sums, in a third of the time.
 
@@ -52,7 +54,7 @@ class SoundStreamConfig:
     n_codebooks: int = 46
     codebook_size: int = 16
     # Around the RVQ, networks that bring latents to `code_dim` dimensions and back, of so many
-    # rounds of residual units. Lyra has none: its codebooks hold latents.
+    # rounds of residual units, and a projection. Lyra has none: its codebooks hold latents.
     code_dim: int | None = None
     coder_rounds: int = 0
     causal: bool = True  # pad on the left only, so that no frame waits for later samples
@@ -247,7 +249,10 @@ class ResidualVectorQuantizer(nn.Module):
 
 
 def make_coder(config: SoundStreamConfig) -> tuple[nn.Sequential, nn.Sequential]:
-    """The networks before and after the RVQ: empty ones where the config has no code_dim."""
+    """The networks before and after the RVQ: empty ones where the config has no code_dim.
+
+    The last layer is linear, see `fit_projection` in recipes/train_rvq.py.
+    """
     dim = config.latent_dim
 
     def units() -> list[nn.Module]:
@@ -257,7 +262,8 @@ def make_coder(config: SoundStreamConfig) -> tuple[nn.Sequential, nn.Sequential]
     if config.code_dim is None:
         return nn.Sequential(), nn.Sequential()
     analysis = nn.Sequential(*units(), Conv(dim, config.code_dim, 1))
-    synthesis = nn.Sequential(Conv(config.code_dim, dim, 1), *units())
+    projection = Conv(dim, dim, 3, bias=False, causal=config.causal)
+    synthesis = nn.Sequential(Conv(config.code_dim, dim, 1), *units(), projection)
     channels_last = torch.channels_last
     return analysis.to(memory_format=channels_last), synthesis.to(memory_format=channels_last)
 

@@ -408,6 +408,16 @@ def test_the_bundled_codec_codes_strangers_as_its_table_says(codec):
     assert mean_score("pesq", False) > 4.2 and mean_score("si_sdr", False) > 30
 
 
+def test_what_bundled_receives_are_latents_that_its_encoder_makes(codec, speech):
+    """Of the 320 of 160 samples, those are few: a separator knows no others."""
+    gain = codec.gain(speech)
+    for n_codebooks in (3, 12):
+        latents, _ = codec.network.quantize(codec.encode(speech * gain), n_codebooks)  # [2, D, F]
+        encoded = codec.encode(codec.decode(latents, 16000))
+        inner = slice(1, -1)  # the frames at the ends are cut off
+        assert si_sdr(latents[..., inner].flatten(), encoded[..., inner].flatten()) > 15
+
+
 def late_codec(planted):
     """An exact one but that its decoder's output comes late, as trained weights can make it."""
     network = Exact()
@@ -2709,6 +2719,10 @@ def test_the_half_that_makes_codes_learns_beside_fixed_latents(train_codec, monk
         for path in ("latents.pth", "out/codec.pth", "more/codec.pth")
     )
     assert min(trained, more) > untrained + 5
+    trained = quietly(Codec.load, "more/codec.pth")
+    latents = trained.quantize(trained.encode(wav))
+    again = trained.encode(trained.decode(latents, 32000))
+    assert si_sdr(latents[..., 1:-1].flatten(), again[..., 1:-1].flatten()) > 10
 
 
 @slow

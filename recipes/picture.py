@@ -1,6 +1,6 @@
 """Draws the README's picture: spectrograms of a mixture and of what the separator makes of it.
 
-python -m recipes.picture --out assets/separation.png
+python -m recipes.picture --out assets/separation.jpg
 """
 
 from pathlib import Path

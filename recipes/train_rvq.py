@@ -15,6 +15,10 @@ What is unusual:
 - The networks start as the identity but for the latents' principal axes, and first learn without
   the RVQ. That starts by k-means. Its entries then are running means of the points that choose
   them: the same aim as a codebook loss under Adam, reached several times sooner.
+- There are twice as many latents as samples, so that many decode alike: what half of their
+  dimensions hold is never heard. But it is seen by a separator, which has learned from latents as
+  the encoder makes them. So the last layer after the RVQ brings quantised ones back to those. It is
+  not trained but fitted, whenever the codec is saved.
 - The commitment loss is relative to the points' variance, of which no gradient is taken: with it,
   the loss is lowered most easily by points that hold less, a few clusters far apart.
 - No adversarial losses: on CPUs they made a step twelve times slower.
@@ -29,6 +33,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -57,6 +62,7 @@ MIXTURES = 0.2  # share of mixtures drawn that stay mixed
 RVQ_STARTS = 200  # steps before
 QUANTISED = 0.6  # share of the examples that pass it
 ALL_CODEBOOKS = 0.6  # share of the steps that use them all; the others as many as chance says
+NOISE = 0.2  # by which the projection is fitted, beside the latents' deviation
 DECAY = 0.99  # of an entry's running means
 DEAD = 0.05  # points a step that choose an entry; below it the entry starts again
 # weights of the losses, beside that of the mel spectrum
@@ -89,7 +95,7 @@ def train(
     if not trained:
         start_as_axes(network, torch.cat([network.encoder(wav) for wav in reference]))
     rvq_starts = 0 if trained else RVQ_STARTS
-    weights = [*network.analysis.parameters(), *network.synthesis.parameters()]
+    weights = [*network.analysis.parameters(), *network.synthesis[:-1].parameters()]
     for weight in weights:
         weight.requires_grad_(True)
     codebooks = Codebooks(network.quantizer.codebooks.data)
@@ -106,6 +112,7 @@ def train(
     while True:
         spent = (time.monotonic() - start) / 60  # minutes
         if spent >= minutes or time.monotonic() - saved > 60 * every:
+            fit_projection(network, reference)
             save_soundstream(network, out / "codec.pth", half=True)
             scores = validate(network, utterances, quantize=True)
             report_rounded(out / "log.csv", {"step": step, "minutes": spent, **scores})
@@ -137,7 +144,7 @@ def train(
             given = torch.where(passes[:, None, None], straight_through, points)
             commitment = (points - entries).square().mean() / points.detach().var()
         with autocast:
-            received = on_frames(network.synthesis, given)  # [B, D, F]
+            received = on_frames(network.synthesis[:-1], given)  # [B, D, F]
             decoded = network.decoder(received).float()[:, 0]  # [B, T]
         mel = log_mel(decoded, wav[:, 0])  # [B]
         sdr = si_sdr(decoded, wav[:, 0])  # [B]
@@ -180,6 +187,28 @@ def start_as_axes(network: SoundStream, latents: torch.Tensor) -> None:
     back.weight.copy_(axes.T[:, :, None, None])
     there.bias.zero_()
     back.bias.zero_()
+
+
+@torch.no_grad()
+def fit_projection(network: SoundStream, reference: list[torch.Tensor]) -> None:
+    """Makes the last layer after the RVQ do what decoding and encoding again would.
+
+    It is linear and sees three frames: least squares, on what quantised latents of `reference`
+    [B, 1, T] hold before it. A little noise keeps that from being ill-conditioned.
+    """
+    projection = network.synthesis[-1]
+    inputs = []
+    outputs = []
+    for wav in reference:
+        points = on_frames(network.analysis, network.encoder(wav))
+        entries, _ = network.quantizer(points, network.n_codebooks)
+        latents = on_frames(network.synthesis[:-1], entries)  # [B, D, F]
+        latents = latents + NOISE * latents.std() * torch.randn_like(latents)
+        seen = F.pad(latents, projection.ends).unfold(2, 3, 1)  # [B, D, F, 3]
+        inputs.append(seen.transpose(1, 2).flatten(2).flatten(0, 1))  # [B * F, D * 3]
+        outputs.append(as_rows(network.encoder(network.decoder(latents))))
+    matrix = torch.linalg.lstsq(torch.cat(inputs), torch.cat(outputs)).solution  # [D * 3, D]
+    projection.weight.copy_(matrix.T.view_as(projection.weight))
 
 
 class Codebooks:
