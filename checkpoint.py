@@ -78,8 +78,8 @@ def load_checkpoint(path) -> dict:
     return checkpoint
 
 
-def restore_model(checkpoint: dict, path, for_inference: bool = True) -> torch.nn.Module:
-    """The separator of a checkpoint, ready for inference or as it was in training.
+def restore_model(checkpoint: dict, path) -> torch.nn.Module:
+    """The separator of a checkpoint, ready for inference.
 
     Raises UserError if it can't be built or its weights don't fit.
     """
@@ -93,9 +93,9 @@ def restore_model(checkpoint: dict, path, for_inference: bool = True) -> torch.n
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, ValueError):
         raise UserError(f"the weights in {path} don't fit its config: give another") from None
-    if for_inference and hasattr(model, "fuse"):
+    if hasattr(model, "fuse"):
         model.fuse()
-    return model.train(not for_inference)
+    return model.eval()
 
 
 def check_codec(checkpoint: dict, path, codec: Codec) -> None:

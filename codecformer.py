@@ -17,7 +17,7 @@ What is unusual, for a reader who knows Sepformer (sepformer.py):
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,10 @@ class SeparatorConfig:
 
     def __post_init__(self):
         """Raises ValueError for a separator that can't be built."""
-        for name, value in vars(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type is int and value < 1:
+                raise ValueError(f"{entry.name} is {value}, it must be at least 1")
         if self.n_speakers < 2:
             raise ValueError(f"n_speakers is {self.n_speakers}, it must be at least 2")
         if self.d_model % self.n_heads or self.d_model % 2:
@@ -99,7 +100,7 @@ def make_activation(name: str, channels: int) -> nn.Module:
 
 def log_power(latents: torch.Tensor) -> torch.Tensor:
     """The order of magnitude of each latent. Its floor hides what is 30 dB below a power of 1."""
-    return torch.log10(latents.square() + 1e-3) + 1  # in speech most are around -1
+    return torch.log10(latents.square() + 1e-3) + 1  # from -2, the floor, to about 1, in speech
 
 
 def sinusoidal_positions(length: int, dim: int, device=None) -> torch.Tensor:
@@ -178,7 +179,8 @@ class Codecformer(nn.Module):
         if self.config.features == "both":
             x = torch.cat([latents, log_power(latents)], dim=1)
         around = self.config.context // 2
-        # As many copies as the context has frames, each shifted by one: [B, C, context, F].
+        # As many copies as the context has frames, each shifted by one: [B, C, context, F]. Beyond
+        # the ends are zeros, which mark them: silence has other values in the logarithm.
         x = F.pad(x, (around, around)).unfold(-1, latents.shape[-1], 1)
         return x.flatten(1, 2).transpose(1, 2)
 
@@ -234,7 +236,8 @@ def separate(
 ) -> torch.Tensor:
     """Mixtures [B, T] of any level -> waveforms of their speakers [B, S, T] at that level.
 
-    Of the codec, a separator on waveforms needs but the level; used behind one, see evaluate.py.
+    A separator on waveforms uses the codec's `gain` alone, and never an RVQ; `separate_in` in
+    evaluate.py puts it behind a codec.
     """
     gain = codec.gain(mixture)  # [B, 1]
     if model.on_latents:

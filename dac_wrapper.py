@@ -53,7 +53,7 @@ LEVEL = 10 ** (-25 / 20)
 class Codec:
     """A frozen bare network between waveforms [..., T] at `sample_rate` and latents [..., D, F].
 
-    `...` is any number of dimensions. Facts:
+    `...` is one dimension or more. Facts:
         sample_rate, codec_rate         Hz, of the data and of the network
         frame_rate                      latents per second
         latent_dim                      D

@@ -15,7 +15,7 @@ these and the dataset's seed. So a run repeats exactly, can be resumed anywhere,
 need no shared state.
 
 The range of levels and the peak are WSJ0-2mix's (Hershey et al., 2016); the Codecformer paper's
-speeds are 95, 100 and 105 percent. A dataset of your own is a class and a line in DATASETS.
+speeds are 95, 100 and 105 percent. A dataset of your own is a class, and its name in DATASETS.
 """
 
 import math
@@ -102,10 +102,6 @@ class SpeakerMixtures:
         n_files = sum(len(files) for files in self.speakers.values())
         # Said when it is opened.
         self.found = f"{root}: {len(self.names)} speakers, {n_files} files"
-
-    @staticmethod
-    def fits(root) -> bool:
-        return True
 
     def __len__(self) -> int:
         return self.size
@@ -298,20 +294,20 @@ def find_mix_folder(root) -> str | None:
     return None
 
 
-# Kinds of datasets, of which the first that fits a folder opens it. Each is a class with `fits`,
-# the arguments of the two above, and `n_speakers`, `sample_rate` and `found`, a line that says what
-# it is of.
-DATASETS = {"fixed set": FixedMixtures, "folder of speakers": SpeakerMixtures}
+# Of which the first that fits a folder opens it; what fits none is a folder of speakers. Each is a
+# class with `fits`, the arguments of the two above, and `n_speakers`, `sample_rate` and `found`, a
+# line that says what it is of.
+DATASETS = [FixedMixtures]
 
 
 def open_mixtures(root, sample_rate: int, n_speakers: int = 2, **settings):
-    """The dataset in DATASETS that fits a folder. Raises DataError, as the dataset does."""
+    """The dataset in DATASETS that fits a folder, or one of speakers. Raises DataError."""
     if not Path(root).is_dir():
         raise DataError(f"no folder {root}: give one with a folder per speaker, or a fixed set")
-    for dataset in DATASETS.values():
+    for dataset in DATASETS:
         if dataset.fits(root):
             return dataset(root, sample_rate, n_speakers, **settings)
-    raise DataError(f"{root} is none of: {', '.join(DATASETS)}")
+    return SpeakerMixtures(root, sample_rate, n_speakers, **settings)
 
 
 def check_speeds(speeds) -> None:

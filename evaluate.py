@@ -6,7 +6,8 @@
 
 Prints a table and leaves in --out: results.json (means), scores.jsonl (every score), the estimates
 in audio/, and index.html, to listen. The table has a row for the mixture left alone, for the clean
-source through the codec (the ceiling: what this codec could reach at best), and for the separator.
+source through the codec (with the RVQ, if the separator has one on either side; `ceiling` in
+results.json: estimates like the latents of the encoder end there), and for the separator.
 
 - SI-SDR is against the clean source, SI-SDRi is its gain over the mixture. SDR is BSS Eval's with
   512 taps. PESQ is narrow band at 8 kHz, wide band at 16 kHz.

@@ -1,15 +1,15 @@
 """SI-SDR, permutation-invariant training (PIT), and the three losses Codecformer is trained with.
 
 A training loss compares every estimate with every source of its mixture, and `pit` then picks the
-assignment that is best for each mixture. All three have the same signature, so that a new loss is
-one function and one line in LOSSES:
+assignment that is best for each mixture. All have the same signature, so that a new loss is one
+function and one line in LOSSES, which also says what the loss compares:
 
     loss(codec, estimates, sources, margin) -> pairwise [B, S, S], in dB, lower is better
 
-    estimates   what the separator arrives at: waveforms [B, S, T], or latents [B, S, D, F] where
-                the loss's line in LOSSES says so
+    estimates   what the separator arrives at: waveforms [B, S, T], or latents [B, S, D, F]
     sources     the clean sources [B, S, T], multiplied by the gain that brought their mixture to
-                the codec's level: their latents are what a mask on the mixture's latents can reach
+                the codec's level: their latents are what a mask on the mixture's latents can reach.
+                For cSI-SDR, the sources as the codec transmits them
     margin      frames at either end that the codec needs for context, and that are not scored
 
 Entry [b, i, j] says how badly estimate i fits source j of mixture b.
@@ -81,17 +81,12 @@ def without_margin(signals: torch.Tensor, margin: int) -> torch.Tensor:
 
 
 def si_sdr_loss(codec, estimates, sources, margin: int = 0) -> torch.Tensor:
-    """Negative SI-SDR against the clean sources."""
+    """Negative SI-SDR; against sources as the codec transmits them it is the codec SI-SDR."""
     if margin:
         samples = margin * codec.samples_per_frame
         estimates = without_margin(estimates, samples)
         sources = without_margin(sources, samples)
     return pairwise_negative_si_sdr(estimates, sources)
-
-
-def csi_sdr_loss(codec, estimates, sources, margin: int = 0) -> torch.Tensor:
-    """Negative codec SI-SDR: against the sources as the codec would have transmitted them."""
-    return si_sdr_loss(codec, estimates, codec.transmit(sources), margin)
 
 
 def embedding_loss(codec, latents, sources, margin: int = 0) -> torch.Tensor:
@@ -102,9 +97,10 @@ def embedding_loss(codec, latents, sources, margin: int = 0) -> torch.Tensor:
     return pairwise_latent_error(without_margin(latents, margin), without_margin(targets, margin))
 
 
-# Name: the loss, and whether its estimates are latents, not decoded.
+# Name: the loss, and what it compares: "waveforms", "transmitted" (waveforms, of sources that were
+# encoded, quantised and decoded) or "latents" (nothing is decoded).
 LOSSES = {
-    "si_sdr": (si_sdr_loss, False),
-    "csi_sdr": (csi_sdr_loss, False),
-    "embedding": (embedding_loss, True),
+    "si_sdr": (si_sdr_loss, "waveforms"),
+    "csi_sdr": (si_sdr_loss, "transmitted"),
+    "embedding": (embedding_loss, "latents"),
 }

@@ -2,13 +2,14 @@
 
     python train.py                              the speech and the codec of this repository
     python train.py @config/wsj0_2mix.txt        the paper's run; flags after a file override it
-    torchrun --nproc_per_node=4 train.py         the same on 4 GPUs (nccl) or CPU processes (gloo)
+    torchrun --nproc_per_node=4 train.py         four times the batch, on 4 GPUs (nccl) or CPU
+                                                 processes (gloo)
     python train.py --resume                     goes on where the run in --out stopped
 
 A run's folder holds
     settings.json    its settings
     steps.csv        a row an update
-    log.csv          a row an epoch
+    log.csv          a row a validation: after each epoch, and at the run's end
     last.pt          everything, to resume
     best.pt          the weights with the best validation SI-SDRi, in half precision
 
@@ -45,7 +46,6 @@ from checkpoint import (
     check_codec,
     load_checkpoint,
     make_checkpoint,
-    restore_model,
 )
 from codecformer import estimate_latents, separate
 from dac_wrapper import CODECS, Codec
@@ -93,9 +93,13 @@ class Settings:
     quantize_after: bool = setting(False, "its estimates are quantised")
     model: str = setting("codecformer", "separator", choices=list(SEPARATORS))
     init: str | None = setting(None, "checkpoint whose separator to start from")
-    # loss: csi_sdr is the paper's cSI-SDR, embedding the one between latents, and the default; for
-    # a separator on waveforms that is si_sdr
-    loss: str | None = setting(None, "what is minimised", choices=list(LOSSES))
+    # loss
+    loss: str | None = setting(
+        None,
+        "si_sdr, csi_sdr (the paper's cSI-SDR) or embedding (between latents, nothing is decoded); "
+        "without it embedding, of a separator on waveforms si_sdr",
+        choices=list(LOSSES),
+    )
     loss_seconds: float = setting(0.0, "the loss sees a crop of so many; 0: all", number(0, 600))
     threshold: float = setting(
         -30.0, "dB; a mixture with a loss below it weighs nothing", number(-1e3, 1e3)
@@ -164,7 +168,7 @@ def train(given: dict, resume: bool) -> None:
     check_settings(settings, model, codec)
     start = checkpoint or (load_checkpoint(settings.init) if settings.init else None)
     if start:
-        model = start_from(start, settings.model, model, codec).to(device)
+        start_from(start, settings.model, model, codec)
     if settings.compile:
         if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise UserError("--compile needs a C++ compiler: install g++, or set CXX to another")
@@ -355,9 +359,9 @@ def train(given: dict, resume: bool) -> None:
 
         rvq = (settings.quantize_before, settings.quantize_after)
         si_sdr_i = validate(model, codec, valid_mixtures, rvq, rank, world, told)  # dB
-        if settings.schedule == "plateau" and epoch + 1 >= settings.plateau_start:
-            if done % updates == 0:  # not where --max_steps cut the epoch short
-                plateau.step(si_sdr_i)
+        whole_epoch = done % updates == 0  # not cut short by --max_steps
+        if settings.schedule == "plateau" and epoch + 1 >= settings.plateau_start and whole_epoch:
+            plateau.step(si_sdr_i)
         if rank == 0:
             rate = optimizer.param_groups[0]["lr"]
             seconds = time.monotonic() - began
@@ -366,7 +370,8 @@ def train(given: dict, resume: bool) -> None:
             mean = np.mean(losses)
             add_row(out / "log.csv", epoch + 1, done, mean, si_sdr_i, rate, skipped, total, speed)
             tqdm.write(f"epoch {epoch + 1}: loss {mean:.2f}, validation SI-SDRi {si_sdr_i:.2f} dB")
-        losses = []
+        if whole_epoch:
+            losses = []
         if si_sdr_i > best:
             best = si_sdr_i
             if rank == 0:
@@ -405,14 +410,14 @@ def mixture_losses(
     predict: the separator, on latents or on waveforms. crop_seconds: of the crop that the loss
     sees; 0: all.
     """
-    # Makes [B, S, S], in dB, of estimates and the clean sources. Where its targets are coded, as
-    # those of the paper's cSI-SDR are, the loss itself passes the sources through the codec.
-    loss, between_latents = LOSSES[loss_name]
+    loss, compared = LOSSES[loss_name]
     mixture = batch["mixture"].to(codec.device, non_blocking=True)  # [B, T]
     sources = batch["sources"].to(codec.device, non_blocking=True)  # [B, S, T]
     gain = codec.gain(mixture)  # [B, 1], to the level that codecs are fed at
     mixture = mixture * gain
     sources = sources * gain.unsqueeze(1)
+    if compared == "transmitted":
+        sources = codec.transmit(sources)  # whole ones, as a crop is not what would be sent
     if not on_latents:
         estimates = predict(mixture).float()
         return pit(loss(codec, estimates, sources))[0]
@@ -425,7 +430,7 @@ def mixture_losses(
         margin = MARGIN
         frames = round(crop_seconds * codec.frame_rate) + 2 * margin
         estimates, sources = crop(codec, estimates, sources, batch["position"], frames)
-    if not between_latents:
+    if compared != "latents":
         estimates = codec.decode(estimates, sources.shape[-1])
     return pit(loss(codec, estimates, sources, margin))[0]
 
@@ -582,8 +587,7 @@ def report_broken(lines: list[str], told: set) -> None:
 def check_settings(settings: Settings, model, codec) -> None:
     """Raises UserError for settings that can't be meant together."""
     if not model.on_latents:
-        between_latents = LOSSES[settings.loss][1]
-        if between_latents or settings.loss_seconds:
+        if LOSSES[settings.loss][1] == "latents" or settings.loss_seconds:
             raise UserError(
                 f"{settings.model} has no latents: give --loss si_sdr, no --loss_seconds"
             )
@@ -713,8 +717,8 @@ def resumed(saved: dict, given: dict) -> dict:
     return {**saved, **given}
 
 
-def start_from(checkpoint: dict, name: str, model, codec: Codec):
-    """The trained separator of a checkpoint, if it is one like `model`. Raises UserError."""
+def start_from(checkpoint: dict, name: str, model, codec: Codec) -> None:
+    """Gives `model` the weights of a checkpoint, if they are of one like it. Raises UserError."""
     check_codec(checkpoint, "the checkpoint", codec)
     if checkpoint["separator"] != name:
         raise UserError(f"the checkpoint's --model is {checkpoint['separator']}, not {name}")
@@ -725,7 +729,10 @@ def start_from(checkpoint: dict, name: str, model, codec: Codec):
         name = differ[0]
         value = trained.get(name)
         raise UserError(f"the checkpoint's --{name} is {value}, not {config[name]}: give it so")
-    return restore_model(checkpoint, "the checkpoint", for_inference=False)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise UserError("the checkpoint's weights don't fit its config: give another") from None
 
 
 def main() -> None:

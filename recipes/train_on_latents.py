@@ -101,7 +101,7 @@ def train(
     torch.manual_seed(seed)
     model = build_model("codecformer", sizes, 2, codec.latent_dim).to(device)
     if init and not resume:
-        model = start_from(load_checkpoint(init), "codecformer", model, codec).to(device)
+        start_from(load_checkpoint(init), "codecformer", model, codec)
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     settings = dict(
         data=data, valid=valid, steps=steps, batch_size=batch_size, lr=lr, hours=hours,

@@ -9,12 +9,12 @@ they are: what is trained are the networks between latents and RVQ, and the code
 What is unusual:
 - The loss is on what the frozen decoder makes of the quantised latents: mostly the log mel
   spectrum, which is what one hears of so few bits, and a little SI-SDR.
-- Two examples in five bypass the RVQ, and are to keep the waveform: so the networks stay a way to
-  and from all of the latents, and codes come to stand for waveforms. Without them the mel spectrum
-  alone decides, and quality stands still after minutes.
-- The networks start as the identity but for the latents' principal axes, and first learn without
-  the RVQ. That starts by k-means. Its entries then are running means of the points that choose
-  them: the same aim as a codebook loss under Adam, reached several times sooner.
+- Two examples in five bypass the RVQ, and are to keep the waveform: so the networks keep of it what
+  the points between them can hold, and codes come to stand for waveforms. Without them the mel
+  spectrum alone decides, and quality stands still after minutes.
+- The networks start as the projection onto the latents' 64 principal axes, and back, and first
+  learn without the RVQ. That starts by k-means. Its entries then are running means of the points
+  that choose them: the same aim as a codebook loss under Adam, reached several times sooner.
 - There are twice as many latents as samples, so that many decode alike: what half of their
   dimensions hold is never heard. But it is seen by a separator, which has learned from latents as
   the encoder makes them. So the last layer after the RVQ brings quantised ones back to those. It is
@@ -62,11 +62,11 @@ MIXTURES = 0.2  # share of mixtures drawn that stay mixed
 RVQ_STARTS = 200  # steps before
 QUANTISED = 0.6  # share of the examples that pass it
 ALL_CODEBOOKS = 0.6  # share of the steps that use them all; the others as many as chance says
-NOISE = 0.2  # by which the projection is fitted, beside the latents' deviation
+NOISE = 0.2  # in the latents that the projection is fitted to, as a share of their deviation
 DECAY = 0.99  # of an entry's running means
 DEAD = 0.05  # points a step that choose an entry; below it the entry starts again
 # weights of the losses, beside that of the mel spectrum
-SI_SDR_QUANTISED = 0.02  # a dB
+SI_SDR_QUANTISED = 0.02  # a dB; of the same examples before the RVQ starts, too
 SI_SDR_BYPASSED = 0.05
 COMMITMENT = 0.25
 
