@@ -13,9 +13,9 @@ What is unusual:
   with a kernel one high run there 1.5 times as fast on CPUs as one-dimensional ones on [B, C, T],
   whose depthwise ones are slow.
 - Between latents and RVQ there can be networks too: latents then may be what separates best, and
-  codes what few bits carry best. Where there are more latents than samples, many decode alike. The
-  last layer after the RVQ makes of them the one that the encoder makes, since a separator knows no
-  other.
+  codes what few bits carry best. Where there are more latents than samples, many decode alike, of
+  which a separator knows only those that the encoder makes: a last, linear layer after the RVQ
+  brings quantised latents close to these.
 - The outermost convolutions, whose kernel is a multiple of their stride, see the samples of a
   stride as channels, which is a mere view in that layout: the same sums, in a third of the time.
 
@@ -80,13 +80,14 @@ class SoundStream(nn.Module):
     def quantize(self, latents: torch.Tensor, n_codebooks: int):
         """Latents [B, D, F] -> the same through the first n codebooks, and their codes [B, n, F].
 
-        Gradients pass straight through, as if nothing had been rounded: what is here does not
-        learn. recipes/train_rvq.py trains it by calling its parts.
+        Gradients pass the RVQ straight through, as if nothing had been rounded, and the networks
+        around it as any. What is here does not learn: recipes/train_rvq.py trains it by calling
+        its parts.
         """
         points = on_frames(self.analysis, latents)  # [B, code_dim, F]
         entries, codes = self.quantizer(points, n_codebooks)
-        quantised = on_frames(self.synthesis, entries)
-        return quantised.detach() + (latents - latents.detach()), codes
+        entries = entries.detach() + (points - points.detach())
+        return on_frames(self.synthesis, entries), codes
 
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [B, n, F] of the first n codebooks -> latents [B, D, F]."""
