@@ -103,8 +103,10 @@ def check_codec(checkpoint: dict, path, codec: Codec) -> None:
     trained_on = checkpoint["codec"]
     if trained_on["fingerprint"] != codec.fingerprint:
         name = trained_on["name"]
-        advice = "give --codec its own, or another checkpoint"
-        raise UserError(f"{path} was trained on another {name} than {codec.name}: {advice}")
+        raise UserError(
+            f"codec {codec.name} has other weights than the {name} that {path} was trained on: "
+            f"give --codec its own, or another checkpoint"
+        )
 
 
 def load_codec(checkpoint: dict, path, device, name: str | None = None) -> Codec:

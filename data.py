@@ -436,7 +436,7 @@ def read_header(path) -> tuple[int, int] | str:
     """(samples, sample rate) of a recording, or why it can't be read."""
     try:
         info = sf.info(path)
-    except (OSError, RuntimeError, UnicodeError) as error:  # the last of its name
+    except (OSError, RuntimeError, UnicodeError, TypeError) as error:  # of its name; of a .raw file
         return first_line(error)
     return (info.frames, info.samplerate) if info.frames else "no samples"
 
@@ -453,7 +453,7 @@ def read_audio(path, start: int = 0, frames: int = -1) -> tuple[np.ndarray, int]
             if start:
                 file.seek(start)  # not for 0, since GSM files can't seek at all
             audio = file.read(expected, dtype="float32", always_2d=True)  # [T, channels]
-    except (OSError, RuntimeError, UnicodeError) as error:  # the last of its name
+    except (OSError, RuntimeError, UnicodeError, TypeError) as error:  # as in `read_header`
         reason = first_line(error) if os.path.exists(path) else "no such file"
         raise DataError(f"can't read {path} as audio ({reason}): check or remove it") from None
     if len(audio) == 0 or len(audio) < expected:

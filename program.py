@@ -4,7 +4,7 @@ Nothing in here is about speech; a first reading can leave it out.
 
 - A user's mistake is a `UserError`, whose message is one line that says what is wrong and what to
   do. `run_program` prints it without a traceback and ends with status 1.
-- The device, its precision and the number of threads are chosen here and nowhere else.
+- The device, train.py's precision and the number of threads are chosen here.
 - Files are written beside their place and renamed, so that what stops a program leaves no half of
   one. Weights are read as plain tensors, never as code.
 """
@@ -328,7 +328,10 @@ def lock_run(parser: Parser, out: Path, resume: bool):
 
 def report(path: Path, row: dict) -> None:
     """Prints a row of numbers by name, and appends it to a table."""
-    tqdm.write(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    words = []
+    for name, value in row.items():
+        words.append(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}")
+    tqdm.write(" ".join(words))
     sys.stdout.flush()
     with writing(path), open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, row)

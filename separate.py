@@ -224,7 +224,10 @@ def join(tail: np.ndarray, estimates: np.ndarray) -> np.ndarray:
 
 def channels_differ(source: Path, length: int, rate: int) -> bool:
     """Whether the channels of a recording's first minute differ from their mean, above -40 dB."""
-    audio, _ = sf.read(source, frames=min(length, 60 * rate), dtype="float32", always_2d=True)
+    try:
+        audio, _ = sf.read(source, frames=min(length, 60 * rate), dtype="float32", always_2d=True)
+    except (OSError, RuntimeError):
+        return False  # damaged, which reading it will say
     mono = audio.mean(1, keepdims=True)
     return np.square(audio - mono).sum() > 1e-4 * np.square(audio).sum()
 
@@ -247,7 +250,7 @@ def readable(path: Path):
     try:
         sf.info(path)
         known = True
-    except (RuntimeError, UnicodeError):  # the latter of its name
+    except (RuntimeError, UnicodeError, TypeError):  # of its name; of a .raw file
         known = False
     if known:
         yield path
@@ -289,6 +292,7 @@ def find_recordings(paths: list[str], out: Path) -> dict[Path, Path]:
         if not path.is_dir():
             found[path] = Path(path.stem)
             continue
+        inside_it = {}
         out_is_below = path.absolute() in out.absolute().parents
         for file in sorted(path.rglob("*")):
             inside = file.relative_to(path)
@@ -297,8 +301,9 @@ def find_recordings(paths: list[str], out: Path) -> dict[Path, Path]:
             is_answer = out_is_below and out.absolute() in file.absolute().parents
             is_file = os.path.isfile(file) or os.path.islink(file)  # dead links are named later
             if file.suffix.lower() in known and is_file and not hidden and not is_answer:
-                found[file] = inside.with_suffix("")
-        if not any(file.is_relative_to(path) for file in found):
+                inside_it[file] = inside.with_suffix("")
+        found.update(inside_it)
+        if not inside_it:
             raise DataError(f"{path} holds no recordings: give files or another folder")
     return keep_apart(found)
 

@@ -9,7 +9,7 @@ opusdec's, of the package opus-tools. Prints a table and leaves codec_scores.jso
 
 Of mixtures there are two rows more, which say how separable a codec's latents are:
     latents_added   the sum of the sources' latents, decoded, against the mixture
-    ideal_mask      the first source, from the mixture's latents, masked by the power ratio of the
+    ideal_mask      the sources, from the mixture's latents, masked by the power ratio of the
                     sources' latents
 """
 
@@ -60,7 +60,7 @@ def read_signals(data) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
 
 
 def code_signal(codecs: dict[str, Codec], wav: np.ndarray, sources: np.ndarray | None) -> dict:
-    """{row: what it makes of a signal [T], and what that is compared with}, both [T]."""
+    """{row: what it makes of a signal [T], and what that is compared with}, both [..., T]."""
     rows = {}
     for name, codec in codecs.items():
         rows[f"{name}/unquantised"] = transmit(codec, wav, quantize=False), wav
@@ -70,7 +70,7 @@ def code_signal(codecs: dict[str, Codec], wav: np.ndarray, sources: np.ndarray |
         if sources is not None:
             added, masked = add_and_mask(codec, wav, sources)
             rows[f"{name}/latents_added"] = added, wav
-            rows[f"{name}/ideal_mask"] = masked, sources[0]
+            rows[f"{name}/ideal_mask"] = masked, sources
     if shutil.which("opusenc"):
         for kbit in OPUS:
             rows[f"opus/{kbit}"] = opus(wav, kbit), wav
@@ -86,7 +86,7 @@ def transmit(codec: Codec, wav: np.ndarray, quantize: bool) -> np.ndarray:
 
 @torch.no_grad()
 def add_and_mask(codec: Codec, mixture: np.ndarray, sources: np.ndarray):
-    """The mixture [T] from its sources' latents, the first source [T] from its own, masked."""
+    """The mixture [T] from its sources' latents, the sources [S, T] from its own, masked."""
     length = len(mixture)
     mixture = torch.from_numpy(mixture).to(codec.device)
     sources = torch.from_numpy(sources).to(codec.device)
@@ -94,10 +94,10 @@ def add_and_mask(codec: Codec, mixture: np.ndarray, sources: np.ndarray):
     latents = codec.encode(sources * gain)  # [S, D, F]
     added = latents.sum(0, keepdim=True)
     power = latents.square()
-    mask = power[0] / (power.sum(0) + 1e-8)
-    masked = codec.encode(mixture[None] * gain) * mask
-    added, masked = (codec.decode(z, length)[0] / gain for z in (added, masked))
-    return added.cpu().numpy(), masked.cpu().numpy()
+    masks = power / (power.sum(0) + 1e-8)
+    masked = codec.encode(mixture[None] * gain) * masks
+    added, masked = (codec.decode(z, length) / gain for z in (added, masked))
+    return added[0].cpu().numpy(), masked.cpu().numpy()
 
 
 def opus(wav: np.ndarray, kbit: int) -> np.ndarray:
@@ -153,8 +153,10 @@ def main() -> None:
     for wav, sources in tqdm(signals, desc="scoring", unit="signal"):
         for row, (decoded, reference) in code_signal(codecs, wav, sources).items():
             scores.setdefault(row, {metric: [] for metric in METRICS})
+            pairs = list(zip(np.atleast_2d(decoded), np.atleast_2d(reference)))
             for metric in METRICS:
-                scores[row][metric].append(score(metric, decoded, reference, RATE))
+                values = [score(metric, *pair, RATE) for pair in pairs]
+                scores[row][metric].append(np.mean(values))
     rows = {
         row: {metric: mean_and_interval(values) for metric, values in columns.items()}
         for row, columns in scores.items()

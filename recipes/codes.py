@@ -31,7 +31,11 @@ def load_codec(name: str, sample_rate: int) -> Codec:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """Where the output goes. Raises UserError if something is there."""
+    """Where the output goes. Raises UserError if something is there, or there is no input."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file: give recordings to encode, .dac files to decode")
+    if path.suffix == ending:
+        raise UserError(f"{path} is a {ending} file already: give the other kind")
     target = path.with_suffix(ending)
     if target.exists():
         raise UserError(f"{target} is there already: move it away")

@@ -5,10 +5,11 @@
 A corpus is the folder of a language as it is downloaded (commonvoice.mozilla.org, CC0): its
 validated.tsv says who spoke which of its clips. Speakers are drawn at random, of each as many clips
 as make --seconds. Silence at both ends of a clip is cut, and noisy ones are left out. Clips are
-MP3: train with them, don't score on them.
+MP3: train with them, don't score on them. Clips that can't be read are named and passed over.
 """
 
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def read_table(corpus: Path) -> dict[str, list[str]]:
     if not path.is_file():
         raise DataError(f"no file {path}: give the folder of a language of Common Voice")
     speakers = {}
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
         # A row that was cut off names no clip: what then can't be read is said.
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE, restval="")
         if not {"client_id", "path"} <= set(reader.fieldnames or ()):
@@ -65,7 +66,11 @@ def write_clips(corpus: Path, names: list[str], target: Path, seconds: float, ra
     """A speaker's clips into the folder `target`, which is made if any of them is fit."""
     written = 0  # samples
     for name in names:
-        audio, clip_rate = read_audio(corpus / "clips" / name)
+        try:
+            audio, clip_rate = read_audio(corpus / "clips" / name)
+        except DataError as error:
+            tqdm.write(f"passed over: {error}", file=sys.stderr)
+            continue
         audio = trim_silence(resample(audio, clip_rate, rate), rate)
         if len(audio) < SHORTEST * rate or is_noisy(audio, rate):
             continue

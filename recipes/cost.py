@@ -115,7 +115,10 @@ def count_macs(module: nn.Module, *shape: int) -> float:
 
 
 def count_rvq(codec: Codec, frames: int, n_speakers: int) -> float:
-    """GMAC of looking a mixture's codes up, and of finding those of its speakers."""
+    """GMAC of looking a mixture's codes up, and of finding those of its speakers.
+
+    `quantize` finds codes, and looks them up again.
+    """
     network = copy.deepcopy(codec.network).to("meta")
     n = codec.n_codebooks
     codes = torch.empty(1, n, frames, dtype=torch.int64, device="meta")
@@ -369,7 +372,7 @@ def print_tables(results: dict) -> None:
     print("\nSepformer over Codecformer, 4 s".ljust(37) + "    MACs x    time x")
     for name in RATIOS:
         print(name.ljust(36) + cells(results["ratios"][name].values(), (1, 1)))
-    print("\none training step, batch 1, 4 s".ljust(37) + "   seconds  faster x")
+    print("\na training step, batch 1, 4 s".ljust(37) + "   seconds  faster x")
     for way, seconds in results["train_step_seconds"].items():
         faster = results["ratios"]["train_step"].get(way)
         print(way.ljust(36) + cells([seconds, faster], (3, 1)))

@@ -23,7 +23,7 @@ def draw(folders: dict, out) -> None:
     """
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    trained = []  # validations after the first epoch of each run
+    later_gains = []  # validations after the first of each run
     try:
         for label, folder in folders.items():
             epochs = read_table(Path(folder, "log.csv"))
@@ -38,13 +38,13 @@ def draw(folders: dict, out) -> None:
                 left.plot(steps["step"][window - 1 :], smooth, linewidth=1)
             gains = epochs["valid_si_sdr_i"]
             right.plot(epochs["seconds"] / 3600, gains, "o-", label=label)
-            trained += [gain for gain in gains[1:] if np.isfinite(gain)]
+            later_gains += [gain for gain in gains[1:] if np.isfinite(gain)]
         left.set(xlabel="update", ylabel="training loss, each run's own, dB")
         right.set(xlabel="hours", ylabel="validation SI-SDRi, dB")
         right.legend()
-        if trained:
+        if later_gains:
             # Where a run begins, at -15 dB perhaps, would squeeze all the rest.
-            right.set_ylim(bottom=min(trained) - 0.5)
+            right.set_ylim(bottom=min(later_gains) - 0.5)
         figure.savefig(out, dpi=80)
     except (OSError, ValueError, KeyError) as error:
         runs = ", ".join(map(str, folders.values()))

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data import DataError, read_audio, resample
 from program import Parser, new_folder, run_program
 
+RATE = 8000  # Hz
 SHORTEST = 0.3  # seconds
 
 # {voice: (Debian packages, pattern of its files below usr/share)}. Voices recorded for telephone
@@ -78,7 +79,7 @@ for character in CHARACTERS.split():
     MORE_VOICES[f"hedgewars_{character.lower()}"] = (["hedgewars-data"], pattern)
 
 
-def build_debian_speech(out, sample_rate: int = 8000) -> None:
+def build_debian_speech(out) -> None:
     """Builds the folder. Raises DataError where Debian's tools are missing or fail."""
     voices = {**VOICES, **MORE_VOICES}
     for tool in ("apt-get", "dpkg-deb"):
@@ -100,13 +101,13 @@ def build_debian_speech(out, sample_rate: int = 8000) -> None:
                 if sf.info(path).duration < SHORTEST:
                     continue
                 audio, rate = read_audio(path)
-                audio = resample(audio - audio.mean(), rate, sample_rate)
-                audio = trim_silence(audio, sample_rate)
-                if len(audio) < SHORTEST * sample_rate:
+                audio = resample(audio - audio.mean(), rate, RATE)
+                audio = trim_silence(audio, RATE)
+                if len(audio) < SHORTEST * RATE:
                     continue
                 target = folder / split_of(voice, index) / voice / f"{index:04d}.flac"
                 target.parent.mkdir(parents=True, exist_ok=True)
-                sf.write(target, audio.clip(-1, 1), sample_rate, subtype="PCM_16")
+                sf.write(target, audio.clip(-1, 1), RATE, subtype="PCM_16")
         shutil.rmtree(unpacked)
 
 

@@ -4,10 +4,12 @@
 
 Twenty speakers each are set apart for validation and tests, all others are for training. The folder
 is searched for SPEAKER-CHAPTER-UTTERANCE.flac at any depth, so that LibriSpeech as it is downloaded
-(openslr.org/12, CC BY 4.0) and a flat folder of some of its utterances both do.
+(openslr.org/12, CC BY 4.0) and a flat folder of some of its utterances both do. Utterances that
+can't be read are named and passed over.
 """
 
 import re
+import sys
 
 import soundfile as sf
 from tqdm import tqdm
@@ -42,7 +44,11 @@ def build(librispeech, out, sample_rate: int = 8000) -> dict[str, int]:
     with new_folder(out) as folder:
         for path in tqdm(paths, desc=f"converting to {sample_rate} Hz", unit="file"):
             speaker = speaker_of(path)
-            audio, rate = read_audio(path)
+            try:
+                audio, rate = read_audio(path)
+            except DataError as error:
+                tqdm.write(f"passed over: {error}", file=sys.stderr)
+                continue
             audio = resample(audio, rate, sample_rate).clip(-1, 1)
             target = folder / split_of(speaker) / speaker / f"{path.stem}.flac"
             target.parent.mkdir(parents=True, exist_ok=True)

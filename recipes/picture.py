@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("--index", type=whole(0), default=0, help="which of its mixtures")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     args = parser.parse_args()
-    model, codec, _ = load_separator(locate(args.ckpt), choose_device())
+    model, codec, checkpoint = load_separator(locate(args.ckpt), choose_device())
+    rvq = (checkpoint["quantize_before"], checkpoint["quantize_after"])
     n_speakers = model.config.n_speakers
     mixtures = FixedMixtures(locate(args.data), codec.sample_rate, n_speakers)
     if args.index >= len(mixtures):
@@ -69,8 +70,8 @@ def main() -> None:
     item = mixtures[args.index]
     mixture = torch.from_numpy(item["mixture"])[None].to(codec.device)
     with torch.no_grad():
-        estimates = separate(model, codec, mixture)[0].cpu().numpy()
-    signals = {"two people at once": item["mixture"]}
+        estimates = separate(model, codec, mixture, *rvq)[0].cpu().numpy()
+    signals = {f"{n_speakers} people at once": item["mixture"]}
     for k, estimate in enumerate(estimates, 1):
         signals[f"speaker {k}, as separated"] = estimate
     draw(signals, codec.sample_rate, args.out)

@@ -24,6 +24,7 @@ https://arxiv.org/abs/1910.09804.
 import copy
 import itertools
 import math
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -34,9 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from dac_wrapper import LEVEL, Codec
-from data import SpeakerMixtures
+from data import Replaced, SpeakerMixtures
 from evaluate import score
 from losses import si_sdr
 from program import (
@@ -44,6 +46,7 @@ from program import (
     UserError,
     choose_device,
     choose_precision,
+    choose_threads,
     first_line,
     load_tensors,
     lock_run,
@@ -115,6 +118,7 @@ def train(
     voices = SpeakerMixtures(data, RATE, seconds=SECONDS, size=10**9, seed=seed, speeds=SPEEDS)
     examples = Examples(voices, batch_size, mixtures)
     utterances = read_utterances(valid)
+    choose_threads(workers)
     torch.manual_seed(seed)
     network = start_transparent(SoundStream(SHAPE)).to(device)
     weights = [*network.encoder.parameters(), *network.decoder.parameters()]
@@ -126,8 +130,11 @@ def train(
 
     step = 0
     spent = 0.0  # minutes, before the run was resumed
+    settings = dict(mixtures=mixtures, sums=sums, batch_size=batch_size, seed=seed)
     if resume:
-        step, spent = load_last(out / "last.pt", network, optimizer)
+        step, spent = load_last(out / "last.pt", network, optimizer, settings)
+        if step >= steps or spent >= minutes:
+            raise UserError(f"{out} has made its {step} steps: raise --steps or --minutes to go on")
     precision = choose_precision(device, "bf16" if bf16 else "auto")
     # With float16 the loss would have to be scaled: float32 then.
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
@@ -150,7 +157,7 @@ def train(
         total_minutes = spent + (time.monotonic() - start) / 60
         over = max(step / steps, total_minutes / minutes)  # share of the run that is over
         if over >= 1 or time.monotonic() - saved > 60 * every:
-            save_last(out / "last.pt", network, optimizer, step, total_minutes)
+            save_last(out / "last.pt", network, optimizer, settings, step, total_minutes)
             save_soundstream(at_unit_scale(network, reference), out / "latents.pth", half=True)
             means = {
                 name: float(total) / seen if seen else math.nan for name, total in totals.items()
@@ -214,16 +221,19 @@ class Examples:
     """
 
     def __init__(self, voices: SpeakerMixtures, size: int, mixtures: float):
-        self.voices = voices
+        self.voices = Replaced(voices)
+        self.seed = voices.seed
         self.size = size
         self.mixtures = mixtures
 
     def __getitem__(self, step: int) -> torch.Tensor:
-        rng = np.random.default_rng([self.voices.seed, 1, step])
+        rng = np.random.default_rng([self.seed, 1, step])
         examples = []
         index = step * self.size
         while len(examples) < self.size:
             item = self.voices[index]
+            if item["broken"]:
+                tqdm.write(f"passed over: {item['broken']}", file=sys.stderr)
             stays_mixed = rng.random() < self.mixtures
             examples += [item["mixture"]] if stays_mixed else list(item["sources"])
             index += 1
@@ -412,8 +422,9 @@ def at_unit_scale(network: SoundStream, batches: list[torch.Tensor]) -> SoundStr
 # The folder of a run ------------------------------------------------------------------------------
 
 
-def save_last(path: Path, network, optimizer, step: int, minutes: float) -> None:
+def save_last(path: Path, network, optimizer, settings: dict, step: int, minutes: float) -> None:
     state = {
+        "settings": settings,
         "codec": network.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": step,
@@ -422,10 +433,17 @@ def save_last(path: Path, network, optimizer, step: int, minutes: float) -> None
     save_tensors(state, path)
 
 
-def load_last(path: Path, network, optimizer) -> tuple[int, float]:
-    """Brings a run back to where it was saved. Returns its step and minutes. Raises UserError."""
+def load_last(path: Path, network, optimizer, settings: dict) -> tuple[int, float]:
+    """Brings a run back to where it was saved. Returns its step and minutes.
+
+    Raises UserError if that can't be, or if `settings` differ from those it had.
+    """
     state = load_tensors(path, next(network.parameters()).device)
     try:
+        had = state["settings"]
+        for name, value in settings.items():
+            if had[name] != value:
+                raise UserError(f"--{name} was {had[name]} in this run, not {value}")
         network.load_state_dict(state["codec"])
         optimizer.load_state_dict(state["optimizer"])
         return state["step"], state["minutes"]
@@ -460,7 +478,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with a folder per speaker")
     parser.add_argument("--valid", required=True, help="folder of other speakers")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--steps", type=whole(1), default=10**6, help="after which the run ends")
+    parser.add_argument("--steps", type=whole(1, 10**6), default=10**6, help="after which it ends")
     parser.add_argument(
         "--minutes", type=number(1e-9), default=math.inf, help="after which it ends if sooner"
     )
@@ -470,7 +488,9 @@ def main() -> None:
     parser.add_argument(
         "--sums", type=share, default=0.8, help="share of examples decoded from a sum"
     )
-    parser.add_argument("--batch_size", type=whole(2), default=16, help="examples a step")
+    parser.add_argument(
+        "--batch_size", type=whole(2, N_REFERENCE), default=16, help="examples a step"
+    )
     parser.add_argument("--workers", type=whole(0), default=1, help="processes that make examples")
     parser.add_argument(
         "--bf16",

@@ -36,7 +36,15 @@ from tqdm import tqdm
 from checkpoint import build_model, check_codec, load_checkpoint, make_checkpoint
 from codecformer import CodecformerConfig, estimate_latents
 from dac_wrapper import Codec
-from data import Recordings, Replaced, SpeakerMixtures, list_speakers, open_mixtures, resample
+from data import (
+    DataError,
+    Recordings,
+    Replaced,
+    SpeakerMixtures,
+    list_speakers,
+    open_mixtures,
+    resample,
+)
 from losses import pairwise_latent_error, pit, si_sdr
 from program import (
     Parser,
@@ -133,7 +141,7 @@ def train(
     if mixtures:
         speech = LatentMixtures(data, codec, mixtures, seed, told)
     else:
-        speech = LatentSpeech(data, codec, hours, seed)
+        speech = LatentSpeech(data, codec, hours, seed, told)
 
     def predict_masks(latents: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
@@ -210,7 +218,7 @@ def check_adding(codec: Codec, item: dict) -> None:
 class LatentSpeech:
     """Latents of folders of speakers, in several versions: about `hours` of each folder."""
 
-    def __init__(self, roots: list, codec: Codec, hours: float, seed: int):
+    def __init__(self, roots: list, codec: Codec, hours: float, seed: int, told: set):
         self.seed = seed
         self.length = round(SECONDS * codec.frame_rate)
         self.pause = [round(seconds * codec.frame_rate) for seconds in PAUSE]
@@ -221,8 +229,6 @@ class LatentSpeech:
         for root in roots:
             recordings = Recordings()
             speakers = list_speakers(root, recordings)
-            if len(speakers) < 2:
-                raise UserError(f"{root} holds {len(speakers)} readable speakers: give more")
             seconds = sum(frames / rate for frames, rate in recordings.headers.values())
             n_versions = max(round(hours * 3600 / seconds), 1)
             folder = []
@@ -231,11 +237,21 @@ class LatentSpeech:
                 for _ in range(n_versions):
                     speed = int(rng.choice(SPEEDS))
                     microphone = [1, *rng.uniform(-1, 1, 2) * MICROPHONE]
-                    wavs = (record(recordings, f, speed, microphone) for f in files)
-                    latents = [encode(codec, wav)[0] for wav in wavs]
-                    versions.append(latents)
+                    latents = []
+                    for path in files:
+                        try:
+                            wav = record(recordings, path, speed, microphone)
+                        except DataError as error:
+                            report_broken([str(error)], told)
+                            continue
+                        latents.append(encode(codec, wav)[0])
+                    if latents:
+                        versions.append(latents)
                     deviations.extend(z.float().std().item() for z in latents)
-                folder.append(versions)
+                if versions:
+                    folder.append(versions)
+            if len(folder) < 2:
+                raise UserError(f"{root} holds {len(folder)} readable speakers: give more")
             self.folders.append(folder)
         self.deviation = float(np.mean(deviations))
 

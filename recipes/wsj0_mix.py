@@ -1,4 +1,4 @@
-"""Makes WSJ0-2mix and WSJ0-3mix from WSJ0 and the public lists, or a folder of WSJ0's speakers.
+"""Makes WSJ0-2mix and WSJ0-3mix from WSJ0 and the public lists, or a folder of training speakers.
 
     python -m recipes.wsj0_mix --wsj0 ROOT --lists DIR --out wsj0-mix --mode min max
     python -m recipes.wsj0_mix --wsj0 ROOT --speakers --out wsj0-speakers      to mix on the fly
@@ -6,7 +6,7 @@
 ROOT holds WSJ0 at any depth, as it ships (NIST SPHERE, compressed by Shorten) or as WAV. The lists,
 mix_2_spk_tr.txt and so on, give an utterance and its level in dB for each speaker. Out come
 2speakers/wav8k/min/tr/{mix,s1,s2}/*.wav and the like: min is cut to the shortest utterance, max
-padded to the longest.
+padded to the longest. --speakers takes si_tr_s alone: the test mixtures are of other splits.
 
 The mixtures follow create_wav_2speakers.m and create_wav_3speakers.m (Hershey et al., Deep
 clustering, ICASSP 2016): the active level of VOICEBOX's activlev is that of the utterance at 8 kHz,
@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 from data import AUDIO_SUFFIXES, DataError, read_audio, resample
 from program import Parser, new_folder, run_program
+
+TRAINING = "si_tr_s"  # the split of the speakers to train on
 
 # VOICEBOX's input filter: Chebyshev II, -0.25 dB at 200 Hz.
 HIGH_PASS = cheby2(5, 50, 79.7, "highpass", output="sos", fs=8000)
@@ -105,19 +107,18 @@ def write_mixture(folder: Path, name: str, signals: np.ndarray, rate: int) -> No
 
 
 def make_speaker_folders(wsj0, out) -> None:
-    """Writes si_tr_s/40n/40na010x.wv1 as out/40n/si_tr_s_40na010x.flac, unchanged.
+    """Writes si_tr_s/40n/40na010x.wv1 as out/40n/40na010x.flac, unchanged.
 
-    Raises DataError for what can't be read.
+    Other splits hold the speakers of validation and tests. Raises DataError for what can't be read.
     """
-    paths = list_utterances(wsj0)
+    paths = [p for p in list_utterances(wsj0) if key_of(p).startswith(f"{TRAINING}/")]
     if not paths:
-        raise DataError(f"{wsj0} holds no recordings: give the folder with WSJ0")
+        raise DataError(f"{wsj0} holds no recordings of {TRAINING}: give the folder with WSJ0")
     with new_folder(out) as root:
         for path in tqdm(paths, desc=f"writing {out}", unit="file"):
             audio, rate = read_utterance(path)
-            split = path.parent.parent.name
             speaker = path.parent.name.lower()
-            target = root / speaker / f"{split}_{path.stem}.flac".lower()
+            target = root / speaker / f"{path.stem}.flac".lower()
             target.parent.mkdir(exist_ok=True)
             sf.write(target, audio, rate, subtype="PCM_16")
 
@@ -217,13 +218,13 @@ def read_mix_list(path: Path) -> list[tuple[list[str], list[float]]]:
 
 
 def main() -> None:
-    parser = Parser(description="Makes WSJ0-2mix and -3mix, or a folder of WSJ0's speakers.")
+    parser = Parser(description="Makes WSJ0-2mix and -3mix, or a folder of training speakers.")
     parser.add_argument(
         "--wsj0", required=True, help="folder with WSJ0, as wav or as on LDC's discs"
     )
     parser.add_argument("--lists", help="folder with the public lists, mix_2_spk_tr.txt and so on")
     parser.add_argument(
-        "--speakers", action="store_true", help="write a folder per speaker instead"
+        "--speakers", action="store_true", help="write a folder per training speaker instead"
     )
     parser.add_argument("--out", required=True, help="new folder")
     parser.add_argument("--sample_rate", type=int, nargs="+", choices=(8000, 16000), default=[8000])
