@@ -47,6 +47,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from scipy.optimize import brentq
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -2756,6 +2757,12 @@ def test_curves_of_runs_are_drawn(trained, call, mistake):
     rows = ["step,loss,valid_si_sdr_i,lr,seconds", "2,-1,0.5,1e-3,4", "4,-2,0.7,1e-4,8", "6,-"]
     Path("latents", "log.csv").write_text("\n".join(rows))  # as if recipes.train_on_latents goes on
     call("recipes.curves", "latents", trained, "--out", "both.png")
+    with mock.patch.object(Figure, "savefig", autospec=True) as saved:
+        import_module("recipes.curves").draw({"a run": "latents"}, "one.png")
+    losses, gains = saved.call_args[0][0].axes
+    assert losses.lines[0].get_xydata().tolist() == [[2, -1], [4, -2]]
+    assert gains.lines[0].get_xydata() * [3600, 1] == pytest.approx(np.array([[4, 0.5], [8, 0.7]]))
+    assert [text.get_text() for text in gains.get_legend().get_texts()] == ["a run"]
     assert "no file log.csv: give folders of runs" in mistake("recipes.curves", ".")
     Path("log.csv").write_text("step,minutes,pesq\n0,0,1\n")
     assert "can't draw" in mistake("recipes.curves", ".")
