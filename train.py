@@ -350,7 +350,7 @@ def train(given: dict, resume: bool) -> None:
             if rank == 0:
                 add_row(out / "steps.csv", done, loss_of_update, norm.item(), rate)
                 bar.update()
-                bar.set_postfix(loss=np.mean(losses[-50:]), SI_SDRi=best)
+                bar.set_postfix(loss=np.mean(losses[-50:]))  # dB
             if done == end:
                 break
             # At the end of an epoch it is saved below, after the validation.

@@ -168,7 +168,7 @@ def train(
         losses.append(loss.item())
         done += 1
         bar.update()
-        bar.set_postfix(loss=np.mean(losses[-50:]), SI_SDRi=best)
+        bar.set_postfix(loss=np.mean(losses[-50:]))  # dB
 
         scored = done % every == 0 or done == steps
         if not scored and done % SAVE_EVERY:
